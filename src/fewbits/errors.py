@@ -1,0 +1,8 @@
+"""The one error that fewbits raises for bad input.
+
+A message names the thing, its value, the limit and the remedy, on one line: the command line prints it as it is.
+"""
+
+
+class FewbitsError(ValueError):
+    """Bad input: a path, a file, a name or a tensor that fewbits cannot use. The message says what to do."""

@@ -1,0 +1,1 @@
+"""What the saved bits cost: accuracy, size, memory, speed."""

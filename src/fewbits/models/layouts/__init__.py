@@ -1,0 +1,1 @@
+"""Checkpoint layouts, one file each: how a quantized model is written and read."""

@@ -1,0 +1,1 @@
+"""Change the precision of a model."""

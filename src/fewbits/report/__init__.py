@@ -1,0 +1,1 @@
+"""Show results: plain data in, terminal text out. No torch here."""
