@@ -1,0 +1,4 @@
+#include "../int8_matmul.hpp"
+#include "../quantize_per_token.hpp"
+
+const fewbits::Kernels fewbits::kScalar = {"scalar", quantize_per_token, int8_pack_rows, int8_matmul};

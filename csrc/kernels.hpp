@@ -1,0 +1,67 @@
+// What every instruction set provides: one table of function pointers, filled by each file in isa/.
+//
+// Letters: M tokens (rows), K input features, N output channels.
+#pragma once
+
+#include <cstdint>
+
+namespace fewbits {
+
+// Packed int8 weights. A panel holds kChannels output channels; the last one is padded with zeros.
+//
+//   panel: | 32 int32: 128 · Σ_k w[n][k] | k 0-3 of channel 0 | k 0-3 of channel 1 | … | k 4-7 of channel 0 | …
+//          |<------- 128 bytes --------->|<---- 4 bytes ---->|
+//
+// A decode step reads a panel as one contiguous stream; one 64-byte load feeds 16 channels × 4 features.
+constexpr int64_t kChannels = 32;
+constexpr int64_t kGroup = 4;                             // features of one channel that lie together
+constexpr int64_t kStepBytes = kChannels * kGroup;        // bytes of a panel for 4 features
+constexpr int64_t kHeaderBytes = kChannels * sizeof(int32_t);
+constexpr int64_t kTileRows = 12;                         // 12 rows × 2 vectors of 16 sums fill 24 of 32 registers
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+struct Int8Matmul {
+  const int8_t* codes;          // [M, K]
+  const float* token_scales;    // [M]
+  const int8_t* packed;         // panels
+  const float* channel_scales;  // [N]
+  const float* bias;            // [N] or null
+  float* out;                   // [M, N]
+  int64_t M, N, K;
+  uint8_t* tiles;               // scratch, tile_bytes(): the codes as unsigned bytes, by row tile
+
+  int64_t steps() const { return ceil_div(K, kGroup); }
+  int64_t panels() const { return ceil_div(N, kChannels); }
+  int64_t row_tiles() const { return ceil_div(M, kTileRows); }
+  int64_t tile_bytes() const { return M * steps() * kGroup; }
+  int64_t panel_bytes() const { return kHeaderBytes + steps() * kStepBytes; }
+  int64_t rows_of(int64_t tile) const { return tile + 1 < row_tiles() ? kTileRows : M - tile * kTileRows; }
+  uint8_t* tile(int64_t index) const { return tiles + index * kTileRows * steps() * kGroup; }
+  const int8_t* panel(int64_t index) const { return packed + index * panel_bytes(); }
+};
+
+struct Kernels {
+  const char* name;
+  // Rows [begin, end) of x [M, K] -> codes [M, K], scales [M].
+  void (*quantize_per_token)(const float* x, int64_t K, int64_t begin, int64_t end, int8_t* codes, float* scales);
+  // Row tiles [begin, end) of the codes, laid out for int8_matmul.
+  void (*int8_pack_rows)(const Int8Matmul& job, int64_t begin, int64_t end);
+  // Output tiles [begin, end), counted panel by panel, row tile by row tile.
+  void (*int8_matmul)(const Int8Matmul& job, int64_t begin, int64_t end);
+};
+
+extern const Kernels kScalar;
+#if defined(__x86_64__)
+extern const Kernels kAvx2;
+extern const Kernels kAvx512;
+#endif
+
+// The live table and why it was chosen. FEWBITS_ISA = scalar | avx2 | avx512 forces one.
+struct Choice {
+  const Kernels* kernels;
+  const char* reason;
+};
+const Choice& chosen();
+
+}  // namespace fewbits

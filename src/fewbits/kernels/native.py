@@ -1,0 +1,81 @@
+"""The compiled kernels: load them, say which instruction set is live, hand them addresses and sizes.
+
+Without them every op runs its reference: right, but slow. A warning says so, once.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from fewbits.errors import FewbitsError
+
+try:
+    from fewbits.kernels import _native
+except ImportError as error:  # not built for this Python or platform
+    _native = None
+    _why_not = str(error)
+
+
+@dataclass(frozen=True)
+class Status:
+    """What runs the ops on the CPU."""
+
+    loaded: bool
+    isa: str
+    """``avx512``, ``avx2``, ``scalar``, or ``none`` where plain PyTorch runs."""
+    reason: str
+    shares_pool: bool
+    """Whether the kernels run on PyTorch's threads; if not, on one thread."""
+
+
+@cache
+def status() -> Status:
+    """Return which instruction set is live and why. Warns once if there is none.
+
+    Raises:
+        FewbitsError: If ``FEWBITS_ISA`` names an instruction set that this machine does not have.
+    """
+    if os.environ.get("FEWBITS_ISA") == "none":
+        return Status(False, "none", "forced by FEWBITS_ISA", False)
+    if _native is None:
+        warnings.warn(
+            f"fewbits runs without its compiled kernels, many times slower ({_why_not}); reinstall it with a C++ compiler",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return Status(False, "none", _why_not, False)
+    try:
+        return Status(True, _native.isa(), _native.reason(), _native.has_pool())
+    except RuntimeError as error:
+        raise FewbitsError(str(error)) from None
+
+
+def quantize_per_token(out: tuple[Tensor, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    """Fill ``out`` (codes, scales), contiguous, of the right shapes; see ``ops.quantize_per_token``."""
+    codes, scales = out
+    x = x.contiguous()
+    K = x.shape[-1]
+    _native.quantize_per_token(
+        x.data_ptr(), x.numel() // K, K, codes.data_ptr(), scales.data_ptr(), torch.get_num_threads()
+    )
+    return out
+
+
+def int8_matmul(
+    out: Tensor, codes: Tensor, token_scales: Tensor, packed: Tensor, channel_scales: Tensor, bias: Tensor | None
+) -> Tensor:
+    """Fill ``out``, contiguous, of the right shape; see ``ops.int8_matmul``."""
+    codes, token_scales, channel_scales = codes.contiguous(), token_scales.contiguous(), channel_scales.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    _native.int8_matmul(
+        codes.data_ptr(), token_scales.data_ptr(), packed.data_ptr(), channel_scales.data_ptr(),
+        0 if bias is None else bias.data_ptr(), out.data_ptr(),
+        token_scales.numel(), channel_scales.numel(), codes.shape[-1], torch.get_num_threads(),
+    )  # fmt: skip
+    return out

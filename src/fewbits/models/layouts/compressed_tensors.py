@@ -1,0 +1,92 @@
+"""The compressed-tensors layout: a Hugging Face folder that transformers and vLLM read.
+
+Of a quantized layer X it stores, for 8-bit weights and activations (``int-quantized``):
+
+    X.weight        int8  [N, K]
+    X.weight_scale  float [N, 1], in the model's own 16- or 32-bit dtype
+
+and ``config.json`` says so in ``quantization_config``. Activations are quantized at run time, so nothing is stored for
+them. Biases, norms, embeddings and the layers under ``ignore`` are stored as in any other checkpoint.
+
+Source: the compressed-tensors package, ``compressed_tensors/quantization/quant_args.py`` and ``quant_scheme.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from fewbits.errors import FewbitsError
+from fewbits.models.precision import PRECISIONS, Precision
+
+QUANT_METHOD = "compressed-tensors"
+_WRITTEN_AS = "0.15.0"  # the first version of the package that transformers 5 accepts
+
+# Keys that readers may leave out, with what leaving them out means.
+_DEFAULTS: dict[str, Any] = {"symmetric": True, "dynamic": False, "group_size": None}
+_WEIGHTS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False, "group_size": None}
+_ACTIVATIONS = {**_WEIGHTS, "strategy": "token", "dynamic": True}
+
+
+def quantization_config(precision: Precision, ignore: Sequence[str]) -> dict[str, Any]:
+    """Return what ``config.json`` holds under ``quantization_config``.
+
+    Args:
+        precision: The precision of the quantized layers; int8 so far.
+        ignore: Names of the linear layers that are not quantized.
+    """
+    assert precision.name == "int8", precision
+    group = {
+        "targets": ["Linear"],
+        "weights": dict(_WEIGHTS),
+        "input_activations": dict(_ACTIVATIONS),
+        "output_activations": None,
+    }
+    return {
+        "quant_method": QUANT_METHOD,
+        "format": "int-quantized",
+        "quantization_status": "compressed",
+        "version": _WRITTEN_AS,
+        "config_groups": {"group_0": group},
+        "ignore": list(ignore),
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+    }
+
+
+def stored_tensors(
+    tensor: str, shape: tuple[int, ...], dtype: torch.dtype
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Names, dtypes and shapes that the weight ``tensor`` ``[N, K]`` is stored as, codes first."""
+    return {tensor: (torch.int8, shape), scale_name(tensor): (dtype, (shape[0], 1))}
+
+
+def scale_name(tensor: str) -> str:
+    """The name of a weight's scales."""
+    return f"{tensor}_scale"
+
+
+def stored_precision(config: dict[str, Any], path: object) -> Precision:
+    """Return the precision that a checkpoint's ``quantization_config`` describes.
+
+    Raises:
+        FewbitsError: If it is another layout, or a scheme that fewbits does not read yet.
+    """
+    method = config.get("quant_method")
+    if method != QUANT_METHOD:
+        raise FewbitsError(f"{path}: quant_method {method!r} cannot be read; {QUANT_METHOD!r} can")
+    groups = list((config.get("config_groups") or {}).values())
+    if len(groups) == 1:
+        weights, activations = groups[0].get("weights"), groups[0].get("input_activations")
+        if _says(weights, _WEIGHTS) and _says(activations, _ACTIVATIONS):
+            return PRECISIONS["int8"]
+    raise FewbitsError(
+        f"{path}: this {QUANT_METHOD} scheme ({config.get('format')!r}) cannot be read; int-quantized, 8-bit symmetric "
+        "weights per channel with dynamic activations per token, can"
+    )
+
+
+def _says(found: dict[str, Any] | None, wanted: dict[str, Any]) -> bool:
+    return found is not None and all(found.get(key, _DEFAULTS.get(key)) == value for key, value in wanted.items())

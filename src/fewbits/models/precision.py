@@ -1,0 +1,60 @@
+"""The precisions that a model can be given, as data: which formats its layers' weights and activations take."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+
+import torch
+
+from fewbits.errors import FewbitsError
+from fewbits.formats import Format
+
+
+@dataclass(frozen=True)
+class Precision:
+    """A named choice of formats for a model.
+
+    Attributes:
+        name: As users write it, ``--to int8``.
+        weights: Format of the weights of quantized layers.
+        activations: Format that activations are quantized to before a quantized layer; None: they stay as they are.
+        cast: Whether every tensor takes the format by a cast, with no scales.
+        summary: What it is, for a listing.
+    """
+
+    name: str
+    weights: Format
+    activations: Format | None
+    cast: bool
+    summary: str
+
+
+def _precision(name: str, weights: str, activations: str | None, cast: bool, summary: str) -> Precision:
+    return Precision(name, Format.named(weights), Format.named(activations) if activations else None, cast, summary)
+
+
+PRECISIONS = {
+    precision.name: precision
+    for precision in (
+        _precision("fp32", "fp32", None, True, "every tensor in 32 bits"),
+        _precision("bf16", "bf16", None, True, "every tensor in bfloat16"),
+        _precision("fp16", "fp16", None, True, "every tensor in half precision"),
+        _precision("int8", "int8", "int8", False, "8-bit weights, a scale per channel; 8-bit activations, one per token"),
+    )
+}
+
+TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def precision_named(name: str) -> Precision:
+    """Return the precision of that name.
+
+    Raises:
+        FewbitsError: If there is none; the nearest name is suggested.
+    """
+    if name in PRECISIONS:
+        return PRECISIONS[name]
+    near = difflib.get_close_matches(name.lower(), PRECISIONS, n=1, cutoff=0.4)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise FewbitsError(f"precision {name!r} is unknown; {hint}known: {', '.join(PRECISIONS)}")
