@@ -1,0 +1,67 @@
+"""The tokenizer that a GGUF file carries in its metadata, built by transformers' own converter."""
+
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase, TokenizersBackend
+
+from fewbits.errors import FewbitsError
+from fewbits.models.gguf_header import GgufHeader, StringArray
+
+try:
+    from transformers.integrations.gguf import GGUF_TOKENIZER_MAPPING, convert_gguf_tokenizer
+except ImportError:  # where it lived before transformers 5.2x
+    from transformers.integrations.ggml import GGUF_TOKENIZER_MAPPING, convert_gguf_tokenizer
+
+_SPECIAL_TOKENS = {
+    "bos_token": "tokenizer.ggml.bos_token_id",
+    "eos_token": "tokenizer.ggml.eos_token_id",
+    "unk_token": "tokenizer.ggml.unknown_token_id",
+    "pad_token": "tokenizer.ggml.padding_token_id",
+}
+
+
+def gguf_tokenizer(header: GgufHeader) -> PreTrainedTokenizerBase:
+    """The tokenizer of a GGUF file: the one that `AutoTokenizer.from_pretrained(folder, gguf_file=…)` gives.
+
+    Raises:
+        FewbitsError: The file has no vocabulary, or one that transformers cannot rebuild.
+    """
+    if not isinstance(header.metadata.get("tokenizer.ggml.tokens"), StringArray):
+        raise FewbitsError(f"{header.path}: has no vocabulary (metadata key tokenizer.ggml.tokens)")
+    vocabulary = _section(header, "tokenizer")
+    settings = _section(header, "tokenizer_config")
+    if vocabulary.get("tokenizer_type") == "llama":
+        settings.setdefault("add_bos_token", True)  # llama.cpp's default where a sentencepiece vocabulary says nothing
+    for name, key in _SPECIAL_TOKENS.items():
+        settings[name] = _token(header, key, vocabulary["tokens"])
+    try:
+        backend, more = convert_gguf_tokenizer(header.metadata["general.architecture"], vocabulary)
+        return TokenizersBackend(tokenizer_object=backend, name_or_path=str(header.path), **(settings | more))
+    except Exception as error:  # the converter trusts the file: a broken vocabulary fails anywhere
+        raise FewbitsError(
+            f"{header.path}: transformers cannot build its tokenizer: {' '.join(str(error).split())}"
+        ) from error
+
+
+def _section(header: GgufHeader, section: str) -> dict[str, Any]:
+    """The tokenizer's metadata under the names that transformers gives them, as plain Python values."""
+    values = {}
+    for key, name in GGUF_TOKENIZER_MAPPING[section].items():
+        value = header.metadata.get(f"tokenizer.{key}")
+        if isinstance(value, StringArray):
+            value = value.decode()
+        elif isinstance(value, np.ndarray):
+            value = value.tolist()
+        if value is not None:
+            values[name] = value
+    return values
+
+
+def _token(header: GgufHeader, key: str, tokens: list[str]) -> str | None:
+    index = header.metadata.get(key)
+    if index is None:
+        return None
+    if type(index) is not int or not 0 <= index < len(tokens):
+        raise FewbitsError(f"{header.path}: {key} is {index!r}, but the vocabulary has {len(tokens)} tokens")
+    return tokens[index]
