@@ -34,15 +34,18 @@ def formats(
     Console().print(formats_table() if name is None else one_format(name))
 
 
-@app.command()
+@app.command(context_settings={"ignore_unknown_options": True})  # -1.5 is a number
 def show(
-    number: Annotated[str, typer.Argument(help="A number, such as 0.1.")],
-    formats: Annotated[str, typer.Option("--in", help="Formats, separated by commas.")] = "fp32,bf16,fp16,e5m2,e4m3fn",
+    number: Annotated[str, typer.Argument(help="0.1, 1/3, inf, a hex float (0x1.8p-3) or bits (0x3C00, bf16:0x3C00).")],
+    formats: Annotated[str, typer.Option("--in", help="Formats, separated by commas.")] = "fp32,fp16,bf16,e5m2,e4m3fn",
+    rounding: Annotated[
+        str, typer.Option(help="nearest_even, nearest_away, toward_zero, up, down or stochastic.")
+    ] = "nearest_even",
 ) -> None:
-    """Show one number as each format sees it: bits, the value it becomes, the error."""
+    """Show one number as each format sees it: bits, the value it becomes, the error, the neighbours."""
     from fewbits.report.formats import number_table
 
-    Console().print(number_table(number, formats.split(",")))
+    Console().print(number_table(number, formats.split(","), rounding))
 
 
 def main() -> NoReturn:
