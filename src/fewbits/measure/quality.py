@@ -1,0 +1,196 @@
+"""How far a model's predictions are from a reference's: KL divergence, top-1 agreement, perplexity.
+
+Shapes: W windows, T tokens in a window, V vocabulary, R rows (positions) of one chunk.
+
+One model is in memory at a time. The reference runs over the text once and leaves its log-probabilities in a
+temporary file (W·T·V float32: 0.8 GB for 4,096 tokens of a 49k vocabulary); every candidate is then held against
+that file. Two models side by side would take 1.5 times the memory of the largest (fp32 and bf16 copies), and
+would run the reference again for every candidate.
+
+    reference  --forward-->  logits [T, V]  --log-softmax by R rows-->  file  --\
+                                                                                 KL, top-1
+    candidate  --forward-->  logits [T, V]  --log-softmax by R rows-->  [R, V] -/
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import IO, Any, Self
+
+import torch
+
+from fewbits.errors import FewbitsError
+
+_CHUNK_BYTES = 32 << 20  # of float32 log-probabilities: beyond the caches anyway, and small beside any model
+
+Model = Callable[..., Any]
+"""Anything called as `model(input_ids=[1, T])` whose answer has `.logits` [1, T, V]."""
+Progress = Callable[[int, int], None]
+"""Called with windows done and windows in all."""
+
+
+@dataclass(frozen=True)
+class Quality:
+    """A model's predictions on a text, beside a reference's.
+
+    `kl` and `top1` are over every position of every window, the last included: both models predict there too.
+    `perplexity` is over the T - 1 positions of a window whose next token is known.
+    """
+
+    kl: float
+    """KL(reference || model), mean over positions, nats/token. 0 for the reference; NaN if the model gives NaN."""
+    kl_stderr: float
+    """Standard error of `kl`, nats/token, with positions taken as independent."""
+    top1: float
+    """Share of positions where both models rank the same token first, 0 to 1."""
+    perplexity: float
+    """exp of the mean negative log-likelihood of the next token."""
+    positions: int
+    """How many positions `kl` and `top1` are means of (W·T)."""
+
+
+def kl_divergence(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+    """KL(p || q) of each row, in nats.
+
+    A token of probability 0 under p adds nothing, whatever q says; one of probability 0 under q alone makes the row
+    infinite. NaN in either gives NaN.
+
+    Args:
+        log_p: natural log-probabilities [R, V].
+        log_q: the same of the other distribution [R, V].
+
+    Returns:
+        float64 [R].
+    """
+    terms = log_p.exp() * (log_p - log_q)
+    return terms.masked_fill(log_p == -math.inf, 0.0).sum(-1, dtype=torch.float64)
+
+
+class Reference:
+    """A reference model's log-probabilities over windows of text, kept in a temporary file.
+
+    The file goes away with `close`, at the end of a `with`, or with the process.
+    """
+
+    def __init__(self, model: Model, windows: torch.Tensor, progress: Progress | None = None) -> None:
+        """Run the reference over the text.
+
+        Args:
+            model: the reference.
+            windows: token ids [W, T].
+            progress: called after each window.
+
+        Raises:
+            FewbitsError: the temporary folder has too little room for W·T·V float32.
+        """
+        self.windows = windows
+        self._vocabulary = 0
+        self._file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
+        try:
+            losses = self._record(model, progress)
+        except BaseException:
+            self.close()
+            raise
+        self.quality = Quality(0.0, 0.0, 1.0, _perplexity(losses), windows.numel())
+        """The reference against itself."""
+
+    def _record(self, model: Model, progress: Progress | None) -> list[torch.Tensor]:
+        losses = []
+        for done, window in enumerate(self.windows, start=1):
+            for rows, log_p in _log_probabilities(model, window):
+                if not self._vocabulary:
+                    self._vocabulary = log_p.shape[-1]
+                    _check_room(self.windows.numel() * self._vocabulary * 4)
+                self._file.write(log_p.cpu().numpy().data)
+                losses.append(_next_token_loss(log_p, window, rows))
+            if progress:
+                progress(done, len(self.windows))
+        return losses
+
+    def measure(self, model: Model, progress: Progress | None = None) -> Quality:
+        """Hold a model against the reference, over the same windows.
+
+        Raises:
+            FewbitsError: the model's vocabulary has another size than the reference's.
+        """
+        self._file.seek(0)
+        divergences, agreements, losses = [], [], []
+        for done, window in enumerate(self.windows, start=1):
+            for rows, log_q in _log_probabilities(model, window):
+                if log_q.shape[-1] != self._vocabulary:
+                    raise FewbitsError(
+                        f"the vocabularies differ: {log_q.shape[-1]} tokens in the candidate, "
+                        f"{self._vocabulary} in the reference; compare models of one tokenizer"
+                    )
+                log_p = self._read(len(log_q)).to(log_q.device)
+                divergences.append(kl_divergence(log_p, log_q).cpu())
+                agreements.append((log_p.argmax(-1) == log_q.argmax(-1)).double().cpu())
+                losses.append(_next_token_loss(log_q, window, rows))
+            if progress:
+                progress(done, len(self.windows))
+        kl = torch.cat(divergences)
+        stderr = (kl.std() / math.sqrt(len(kl))).item() if len(kl) > 1 else math.nan
+        return Quality(kl.mean().item(), stderr, torch.cat(agreements).mean().item(), _perplexity(losses), len(kl))
+
+    def _read(self, rows: int) -> torch.Tensor:
+        data = bytearray(rows * self._vocabulary * 4)
+        self._file.readinto(data)  # type: ignore[attr-defined] # IO[bytes] leaves readinto out
+        return torch.frombuffer(data, dtype=torch.float32).view(rows, self._vocabulary)
+
+    def close(self) -> None:
+        """Give the temporary file back."""
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def compare_models(reference: Model, candidate: Model, windows: torch.Tensor) -> tuple[Quality, Quality]:
+    """Quality of two live models over windows [W, T]: the reference's own, and the candidate's against it.
+
+    Raises:
+        FewbitsError: the vocabularies differ in size, or the temporary folder is too full.
+    """
+    with Reference(reference, windows) as recorded:
+        return recorded.quality, recorded.measure(candidate)
+
+
+def _log_probabilities(model: Model, window: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+    """One forward pass; log-probabilities float32 [R, V] of its positions, a chunk of rows at a time."""
+    device = getattr(model, "device", window.device)
+    with torch.inference_mode():
+        logits = model(input_ids=window[None].to(device)).logits[0]  # [T, V]
+        step = max(1, _CHUNK_BYTES // (4 * logits.shape[-1]))
+        for start in range(0, len(logits), step):
+            rows = slice(start, min(start + step, len(logits)))
+            yield rows, torch.log_softmax(logits[rows].float(), dim=-1)
+
+
+def _next_token_loss(log_q: torch.Tensor, window: torch.Tensor, rows: slice) -> torch.Tensor:
+    """Negative log-likelihood float64 [R] of the tokens that follow these rows; the window's last has none."""
+    following = window[rows.start + 1 : rows.stop + 1].to(log_q.device)
+    return -log_q[: len(following)].gather(-1, following[:, None]).squeeze(-1).double().cpu()
+
+
+def _perplexity(losses: list[torch.Tensor]) -> float:
+    return torch.cat(losses).mean().exp().item()
+
+
+def _check_room(nbytes: int) -> None:
+    folder = tempfile.gettempdir()
+    free = shutil.disk_usage(folder).free
+    if nbytes > free:
+        raise FewbitsError(
+            f"the reference's log-probabilities take {nbytes:,} bytes, and {folder} has {free:,} free: "
+            "set TMPDIR to a folder with more room, or measure fewer windows"
+        )

@@ -1,0 +1,148 @@
+"""Results as Rich renderables: plain data in, tables out that read in 80 columns and without colour."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from fewbits.report.grouping import ManifestLike, group_rows
+
+if TYPE_CHECKING:  # these modules import torch, which has no place here at run time
+    from fewbits.measure.compare import Comparison, Row
+    from fewbits.measure.machine import Machine
+
+_UNITS = ("KiB", "MiB", "GiB", "TiB", "PiB")
+
+
+def human_bytes(count: int | None) -> str:
+    """Bytes in three digits and a binary unit: `1023 B`, `93.8 MiB`, `2.15 GiB`; `-` for None."""
+    if count is None:
+        return "-"
+    if abs(count) < 1024:
+        return f"{count} B"
+    power = 1
+    while abs(count) >= 999.5 * 1024**power and power < len(_UNITS):  # 999.5 would round to four digits
+        power += 1
+    value = count / 1024**power
+    decimals = 2 if abs(value) < 9.995 else 1 if abs(value) < 99.95 else 0
+    return f"{value:.{decimals}f} {_UNITS[power - 1]}"
+
+
+def comparison_table(comparison: Comparison) -> Group:
+    """The models of a comparison, one a row, and under them what they were measured on."""
+    largest = max(max(row.memory_bytes, row.disk_bytes or 0) for row in comparison.rows)
+    unit, divisor = ("GiB", 2**30) if largest >= 10 * 2**30 else ("MiB", 2**20)
+    table = _table()
+    table.add_column("model", overflow="fold")
+    bytes_columns = (f"disk\n{unit}", f"memory\n{unit}", "bits/\nweight")
+    quality_columns = ("KL to fp32\nnats/token", "top-1\n%", "perpl.")
+    for heading in (*bytes_columns, *quality_columns, "prefill\ntok/s", "decode\ntok/s"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in comparison.rows:
+        table.add_row(*_comparison_cells(row, comparison.reference, divisor))
+    return Group(table, Text(_comparison_caption(comparison), style="dim"))
+
+
+def _comparison_cells(row: Row, reference: str, divisor: int) -> tuple[str, ...]:
+    divergence = _figure(row.kl, ".4f")
+    if row.kl_stderr:
+        divergence += f" ±{_figure(row.kl_stderr, '.1g')}"
+    return (
+        _row_label(row, reference),
+        _figure(None if row.disk_bytes is None else row.disk_bytes / divisor, ",.1f"),
+        _figure(row.memory_bytes / divisor, ",.1f"),
+        _figure(row.bits_per_weight, ".2f"),
+        divergence,
+        _figure(100 * row.top1, ".1f"),
+        _figure(row.perplexity, ".3f"),
+        _figure(row.prefill_tps, ",.0f"),
+        _figure(row.decode_tps, ",.1f"),
+    )
+
+
+def _row_label(row: Row, reference: str) -> str:
+    if row.name == reference:
+        return row.precision
+    return row.name if row.precision in row.name else f"{row.name} ({row.precision})"
+
+
+def _comparison_caption(comparison: Comparison) -> str:
+    size = "" if comparison.reference_bytes is None else f" ({human_bytes(comparison.reference_bytes)} on disk)"
+    lines = [
+        f"Reference: {comparison.reference}{size}.",
+        f"Text: {comparison.text}, {comparison.windows} × {comparison.window_tokens} tokens.",
+    ]
+    if comparison.prompt_tokens is not None:
+        lines.append(
+            f"Speed: a prompt of {comparison.prompt_tokens} tokens, then {comparison.new_tokens} one at a time; "
+            f"best of {comparison.speed_repeats}."
+        )
+    machine = comparison.machine
+    torch = machine.versions.get("torch", "unknown")
+    lines.append(f"{machine.cpu}, {machine.threads} threads, {machine.isa}; torch {torch}; {comparison.date}.")
+    return "\n".join(lines)
+
+
+def manifest_table(rows: Iterable[ManifestLike]) -> Group:
+    """What happens to every tensor of a model; equal layers share a line, as `model.layers.{0..29}.mlp.down_proj`."""
+    rows = list(rows)
+    table = _table()
+    table.add_column("module", overflow="fold")
+    table.add_column("tensors", justify="right", no_wrap=True)
+    table.add_column("shape", justify="right", no_wrap=True)
+    table.add_column("format", no_wrap=True)
+    table.add_column("bytes", justify="right", no_wrap=True)
+    for name, members in group_rows(rows):
+        first = members[0]
+        module = Text(name)
+        if first.reason is not None:
+            module.append(f"\n  kept: {first.reason}", style="dim")
+        shape = "×".join(str(size) for size in first.shape)
+        nbytes = sum(member.nbytes for member in members)
+        table.add_row(module, str(len(members)), shape, first.format, human_bytes(nbytes))
+    return Group(table, Text(_manifest_caption(rows), style="bold"))
+
+
+def _manifest_caption(rows: Sequence[ManifestLike]) -> str:
+    total = human_bytes(sum(row.nbytes for row in rows))
+    by_format: dict[str, int] = {}
+    for row in rows:
+        by_format[row.format] = by_format.get(row.format, 0) + row.nbytes
+    parts = ", ".join(f"{human_bytes(nbytes)} in {name}" for name, nbytes in by_format.items())
+    return f"{len(rows)} tensors, {total}: {parts}" if rows else "no tensors"
+
+
+def machine_table(machine: Machine) -> Table:
+    """The machine and the versions, a line each."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, found in machine.versions.items():
+        table.add_row(name, found)
+    table.add_row("system", machine.system)
+    table.add_row("CPU", f"{machine.cpu}, {machine.cores} cores")
+    table.add_row("threads", str(machine.threads))
+    memory = f"{human_bytes(machine.memory_bytes)}, {human_bytes(machine.available_bytes)} available"
+    table.add_row("memory", memory)
+    for gpu in machine.gpus:
+        table.add_row("GPU", f"{gpu.name}, {human_bytes(gpu.memory_bytes)}, compute capability {gpu.capability}")
+    if not machine.gpus:
+        table.add_row("GPU", "none that PyTorch can use")
+    table.add_row("kernels", f"{machine.isa} ({machine.isa_reason})")
+    return table
+
+
+def _table() -> Table:
+    return Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 0), header_style="bold")
+
+
+def _figure(value: float | None, form: str) -> str:
+    if value is None:
+        return "-"
+    return format(value, form) if math.isfinite(value) else str(value)  # nan and inf are figures too
