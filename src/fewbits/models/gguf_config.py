@@ -16,8 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from fewbits.errors import FewbitsError
 from fewbits.models.gguf_header import GgufHeader
-
-_ROPE_FREQUENCIES = "rope_freqs.weight"  # derived from the configuration, not a parameter
+from fewbits.models.gguf_rope import ROPE_FREQUENCIES, gguf_rope
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ def gguf_architecture(header: GgufHeader) -> str:
             f"{header.path}: architecture {architecture!r}{experts} is not read from GGUF ({', '.join(ARCHITECTURES)} "
             "are); use the folder of safetensors that the file was made from"
         )
-    if (parts := header.metadata.get("split.count", 0)) > 1:
+    if (parts := header.metadata.get("split.count")) not in (None, 0, 1):
         raise FewbitsError(
             f"{header.path}: is one of {parts} parts of a model; join them with llama-gguf-split --merge first"
         )
@@ -69,15 +68,11 @@ def gguf_config(header: GgufHeader) -> PreTrainedConfig:
     """
     architecture = gguf_architecture(header)
     for key in _REQUIRED:
-        value = header.metadata.get(f"{architecture}.{key}")
-        if type(value) is not int or value < 1:
-            raise FewbitsError(
-                f"{header.path}: metadata key {architecture}.{key} is {value!r}, not a positive whole number; "
-                "convert the model again with llama.cpp"
-            )
+        header.whole(f"{architecture}.{key}")
     if (blocks := header.metadata[f"{architecture}.block_count"]) > len(header.tensors):
         raise FewbitsError(f"{header.path}: {blocks} blocks cannot be made of {len(header.tensors)} tensors")
     values = _mapped(header, architecture) | _derived(header, architecture)
+    values.pop("rope_theta", None)  # stands in rope_parameters
     try:
         config = AutoConfig.for_model(**values)
     except Exception as error:  # transformers checks values with whatever exception comes
@@ -104,7 +99,7 @@ def gguf_names(header: GgufHeader, config: PreTrainedConfig) -> dict[str, str]:
         )
     names: dict[str, str] = {}
     for tensor in header.tensors.values():
-        if tensor.name == _ROPE_FREQUENCIES:
+        if tensor.name == ROPE_FREQUENCIES:  # no parameter: see gguf_rope
             continue
         if tensor.name not in by_gguf_name:
             raise FewbitsError(f"{header.path}: tensor {tensor.name!r} is no parameter of a {config.model_type} model")
@@ -144,13 +139,17 @@ def _mapped(header: GgufHeader, architecture: str) -> dict[str, Any]:
 def _derived(header: GgufHeader, architecture: str) -> dict[str, Any]:
     """The values that stand in no key, or in keys that transformers' table leaves out."""
     metadata, tensors = header.metadata, header.tensors
-    heads = metadata[f"{architecture}.attention.head_count"]
-    derived = {
+    heads = header.whole(f"{architecture}.attention.head_count")
+    head_dim = header.whole(
+        f"{architecture}.attention.key_length", metadata[f"{architecture}.embedding_length"] // heads
+    )
+    derived: dict[str, Any] = {
         "tie_word_embeddings": "output.weight" not in tensors,
-        "num_key_value_heads": metadata.get(f"{architecture}.attention.head_count_kv", heads),
+        "num_key_value_heads": header.whole(f"{architecture}.attention.head_count_kv", heads),
+        "rope_parameters": gguf_rope(header, architecture, head_dim),
         "dtype": _nominal_dtype(header),
     }
-    if (head_dim := metadata.get(f"{architecture}.attention.key_length")) is not None:
+    if f"{architecture}.attention.key_length" in metadata:
         derived["head_dim"] = head_dim
     if architecture == "llama" and "blk.0.attn_q.bias" in tensors:
         derived["attention_bias"] = True

@@ -15,7 +15,8 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizer
 
 from fewbits.errors import FewbitsError
 from fewbits.models.gguf_config import ARCHITECTURES, gguf_architecture, gguf_config, gguf_names
-from fewbits.models.gguf_header import GgufTensor, read_gguf_header
+from fewbits.models.gguf_header import GgufTensor
+from fewbits.models.gguf_parser import read_gguf_header
 from fewbits.models.gguf_tokenizer import gguf_tokenizer
 from fewbits.models.source import StoredTensor
 
@@ -30,7 +31,10 @@ _PLAIN = {
     GGMLQuantizationType.I16: torch.int16,
     GGMLQuantizationType.I8: torch.int8,
 }
-_CHUNK = 1 << 18  # elements dequantized at once: 1 MiB of float32, and a few temporaries of that size in gguf
+# Elements dequantized at once: 256 KiB of float32 and gguf's few temporaries of that size stay in the L2 cache, and the
+# allocator reuses them; larger ones it returns to the system and faults in again for every chunk.
+_CHUNK = 1 << 16
+_Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 class GgufFile:
@@ -61,12 +65,14 @@ class GgufFile:
         tensor = self._stored(name)
         if not 0 <= start <= stop <= tensor.shape[0]:
             raise FewbitsError(f"{self.path}: rows {start} to {stop} of {name} do not exist: it has {tensor.shape[0]}")
-        result = torch.empty((stop - start, *tensor.shape[1:]), dtype=_PLAIN.get(tensor.type, torch.float32))
+        plain = _PLAIN.get(tensor.type)
+        # numpy throughout: one thread, where torch would wake all of them for every chunk
+        result = np.empty((stop - start, *tensor.shape[1:]), _carrier(plain) if plain else np.float32)
         for first, rows in self._chunks(tensor, start, stop):
             # a chunk holds whole heads: it may begin before `start` and end after `stop`
             low, high = max(start, first), min(stop, first + len(rows))
             result[low - start : high - start] = rows[low - first : high - first]
-        return result
+        return torch.from_numpy(result).view(plain or torch.float32)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer in the file's metadata. See `source.Source.tokenizer`."""
@@ -111,7 +117,7 @@ class GgufFile:
         heads = self.config.num_attention_heads if query else self.config.num_key_value_heads
         return tensor.shape[0] // int(heads)
 
-    def _chunks(self, tensor: GgufTensor, start: int, stop: int) -> Iterator[tuple[int, torch.Tensor]]:
+    def _chunks(self, tensor: GgufTensor, start: int, stop: int) -> Iterator[tuple[int, np.ndarray[Any, Any]]]:
         """Rows `start` to `stop` as (first row, rows) in Hugging Face's order, whole heads at a time."""
         group = self._rows_per_head(tensor)
         last = -(-stop // group) * group
@@ -126,7 +132,7 @@ class GgufFile:
                 self._fill(raw, file, tensor, first * row_bytes)
                 yield first, _halves(_numbers(raw, tensor.type).reshape(count, *tensor.shape[1:]), group)
 
-    def _fill(self, buffer: np.ndarray[Any, np.dtype[np.uint8]], file: FileIO, tensor: GgufTensor, offset: int) -> None:
+    def _fill(self, buffer: _Bytes, file: FileIO, tensor: GgufTensor, offset: int) -> None:
         file.seek(tensor.offset + offset)
         if (length := file.readinto(buffer.data)) < len(buffer):
             raise FewbitsError(
@@ -135,18 +141,23 @@ class GgufFile:
             )
 
 
-def _numbers(raw: np.ndarray[Any, np.dtype[np.uint8]], kind: GGMLQuantizationType) -> torch.Tensor:
+def _carrier(dtype: torch.dtype) -> np.dtype[Any]:
+    """The integers that carry elements of `dtype` through numpy, which has no bfloat16."""
+    return np.dtype(f"<i{dtype.itemsize}")
+
+
+def _numbers(raw: _Bytes, kind: GGMLQuantizationType) -> np.ndarray[Any, Any]:
     """The elements that whole blocks of bytes stand for, in one dimension."""
     if (dtype := _PLAIN.get(kind)) is not None:
-        return torch.from_numpy(raw).view(dtype)
+        return raw.view(_carrier(dtype))
     # As one long row: gguf splits a matrix into groups of 16 rows, which is slow where rows are short. A scale that is
     # Inf or NaN is the file's own and passes through; numpy would warn about it.
     with np.errstate(all="ignore"):
-        return torch.from_numpy(gguf.dequantize(raw.reshape(1, -1), kind)).reshape(-1)
+        return np.asarray(gguf.dequantize(raw.reshape(1, -1), kind)).reshape(-1)
 
 
-def _halves(rows: torch.Tensor, group: int) -> torch.Tensor:
+def _halves(rows: np.ndarray[Any, Any], group: int) -> np.ndarray[Any, Any]:
     """Rows of heads from llama.cpp's order (x0 y0 x1 y1 …, rotated in pairs) to Hugging Face's (x0 x1 … y0 y1 …)."""
     if group == 1:
         return rows
-    return rows.reshape(-1, group // 2, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
+    return rows.reshape(-1, group // 2, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)

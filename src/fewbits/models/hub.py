@@ -38,7 +38,7 @@ def fetch_model(name: str, *, revision: str | None = None) -> Path:
         RevisionNotFoundError,
     )
 
-    reasons = {  # the first that fits; the classes derive from one another
+    reasons: dict[type[Exception], str] = {  # the first that fits; the classes derive from one another
         GatedRepoError: "asks for its terms to be accepted; do so on its page and log in with `hf auth login`",
         RepositoryNotFoundError: "is neither a file or folder here nor a public model on the Hub; check the spelling",
         RevisionNotFoundError: f"has no revision {revision!r} on the Hub; name a branch, tag or commit of it",
