@@ -1,9 +1,10 @@
 """A folder of safetensors as a source: one file, or an index and its shards, beside a `config.json`."""
 
 import json
+import re
 from collections.abc import Callable
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -25,6 +26,8 @@ class SafetensorsFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._stored = _read_headers(path)
+        if not self._stored:
+            raise FewbitsError(f"{path}: its weights hold no tensor; fetch the model again")
         self.size = sum(file.stat().st_size for file in {tensor.path for tensor in self._stored.values()})
 
     @cached_property
@@ -137,8 +140,11 @@ def _read_index(path: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise FewbitsError(f"{path}: has no weight_map from tensors to shards; fetch it again")
     for name, shard in weight_map.items():
-        if not isinstance(shard, str) or PurePosixPath(shard).name != shard or "\\" in shard or "\0" in shard:
-            raise FewbitsError(f"{path}: tensor {name!r} lies in {shard!r}, which is not the name of a file beside it")
+        if not isinstance(shard, str) or re.fullmatch(r"[^/\\\0]+\.safetensors", shard) is None:
+            raise FewbitsError(
+                f"{path}: tensor {name!r} lies in {shard!r}, which is not the name of a .safetensors file beside it; "
+                "fetch the model again"
+            )
     return weight_map
 
 

@@ -83,6 +83,10 @@ def open_source(model: str | os.PathLike[str], *, revision: str | None = None) -
             a Hub id that cannot be fetched.
     """
     path = Path(model).expanduser()
+    if not os.fspath(model):  # which as a path would be the current folder
+        raise FewbitsError(
+            "the model's name is empty; give a .gguf file, a folder with safetensors, or a Hub id (owner/name)"
+        )
     if path.is_file():
         return _open_file(path)
     if path.is_dir():
