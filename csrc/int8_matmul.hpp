@@ -93,18 +93,30 @@ void sums_of_tile(const uint8_t* tile, const int8_t* panel, int64_t steps, int32
 
 void sums_of_rows(const uint8_t* tile, const int8_t* panel, int64_t steps, int64_t rows, int32_t* sums) {
   switch (rows) {
-    case 1: return sums_of_tile<1>(tile, panel, steps, sums);
-    case 2: return sums_of_tile<2>(tile, panel, steps, sums);
-    case 3: return sums_of_tile<3>(tile, panel, steps, sums);
-    case 4: return sums_of_tile<4>(tile, panel, steps, sums);
-    case 5: return sums_of_tile<5>(tile, panel, steps, sums);
-    case 6: return sums_of_tile<6>(tile, panel, steps, sums);
-    case 7: return sums_of_tile<7>(tile, panel, steps, sums);
-    case 8: return sums_of_tile<8>(tile, panel, steps, sums);
-    case 9: return sums_of_tile<9>(tile, panel, steps, sums);
-    case 10: return sums_of_tile<10>(tile, panel, steps, sums);
-    case 11: return sums_of_tile<11>(tile, panel, steps, sums);
-    case 12: return sums_of_tile<12>(tile, panel, steps, sums);
+    case 1:
+      return sums_of_tile<1>(tile, panel, steps, sums);
+    case 2:
+      return sums_of_tile<2>(tile, panel, steps, sums);
+    case 3:
+      return sums_of_tile<3>(tile, panel, steps, sums);
+    case 4:
+      return sums_of_tile<4>(tile, panel, steps, sums);
+    case 5:
+      return sums_of_tile<5>(tile, panel, steps, sums);
+    case 6:
+      return sums_of_tile<6>(tile, panel, steps, sums);
+    case 7:
+      return sums_of_tile<7>(tile, panel, steps, sums);
+    case 8:
+      return sums_of_tile<8>(tile, panel, steps, sums);
+    case 9:
+      return sums_of_tile<9>(tile, panel, steps, sums);
+    case 10:
+      return sums_of_tile<10>(tile, panel, steps, sums);
+    case 11:
+      return sums_of_tile<11>(tile, panel, steps, sums);
+    case 12:
+      return sums_of_tile<12>(tile, panel, steps, sums);
   }
 }
 
@@ -126,8 +138,7 @@ void sums_of_half(const uint8_t* tile, const int8_t* half, int64_t steps, int64_
     for (int q = 0; q < 4; ++q) {
       const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(half + s * kStepBytes + q * 16));
       const __m256i w = _mm256_cvtepi8_epi16(bytes);
-      for (int r = 0; r < Rows; ++r)
-        pairs[r][q] = _mm256_add_epi32(pairs[r][q], _mm256_madd_epi16(a[r], w));
+      for (int r = 0; r < Rows; ++r) pairs[r][q] = _mm256_add_epi32(pairs[r][q], _mm256_madd_epi16(a[r], w));
     }
   }
   for (int r = 0; r < Rows; ++r) {

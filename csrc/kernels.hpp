@@ -14,10 +14,10 @@ namespace fewbits {
 //
 // A decode step reads a panel as one contiguous stream; one 64-byte load feeds 16 channels × 4 features.
 constexpr int64_t kChannels = 32;
-constexpr int64_t kGroup = 4;                             // features of one channel that lie together
-constexpr int64_t kStepBytes = kChannels * kGroup;        // bytes of a panel for 4 features
+constexpr int64_t kGroup = 4;                       // features of one channel that lie together
+constexpr int64_t kStepBytes = kChannels * kGroup;  // bytes of a panel for 4 features
 constexpr int64_t kHeaderBytes = kChannels * sizeof(int32_t);
-constexpr int64_t kTileRows = 12;                         // 12 rows × 2 vectors of 16 sums fill 24 of 32 registers
+constexpr int64_t kTileRows = 12;  // 12 rows × 2 vectors of 16 sums fill 24 of 32 registers
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -29,7 +29,7 @@ struct Int8Matmul {
   const float* bias;            // [N] or null
   float* out;                   // [M, N]
   int64_t M, N, K;
-  uint8_t* tiles;               // scratch, tile_bytes(): the codes as unsigned bytes, by row tile
+  uint8_t* tiles;  // scratch, tile_bytes(): the codes as unsigned bytes, by row tile
 
   int64_t steps() const { return ceil_div(K, kGroup); }
   int64_t panels() const { return ceil_div(N, kChannels); }

@@ -6,21 +6,32 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fewbits.errors import FewbitsError as FewbitsError
     from fewbits.formats import Format as Format
+    from fewbits.measure.compare import compare as compare
+    from fewbits.models.load import AutoModelForCausalLM as AutoModelForCausalLM
+    from fewbits.models.load import AutoTokenizer as AutoTokenizer
+    from fewbits.quantize.convert import convert as convert
 
-_HOME = {
+_HOMES = {
+    "AutoModelForCausalLM": "fewbits.models.load",
+    "AutoTokenizer": "fewbits.models.load",
     "FewbitsError": "fewbits.errors",
     "Format": "fewbits.formats",
+    "compare": "fewbits.measure.compare",
+    "convert": "fewbits.quantize.convert",
+    "formats": "fewbits.formats",
 }
 
-__all__ = ["FewbitsError", "Format"]  # noqa: PLE0604
+__all__ = list(_HOMES)
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    """Import a public name from its home: torch and transformers load only when something needs them."""
+    if name not in _HOMES:
         raise AttributeError(f"module 'fewbits' has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
+    module = import_module(_HOMES[name])
+    return module if name == "formats" else getattr(module, name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOME])
+    return sorted({*globals(), *_HOMES})

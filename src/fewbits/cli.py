@@ -7,21 +7,39 @@ stdout; errors and progress go to stderr, an error as one line.
 from __future__ import annotations
 
 import sys
-from typing import Annotated, NoReturn
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from json import dumps
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from fewbits.errors import FewbitsError
+
+MODEL = "A Hub id, a folder, or a .gguf file."
 
 app = typer.Typer(
     name="fewbits",
     help="Large models in few bits.",
-    no_args_is_help=True,
+    invoke_without_command=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+
+
+# Typer brings its own Click or uses the installed one, by version: the base of its errors is found, not imported.
+_UsageError: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
+
+
+@app.callback()
+def _help(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
 
 
 @app.command()
@@ -48,19 +66,136 @@ def show(
     Console().print(number_table(number, formats.split(","), rounding))
 
 
+@app.command()
+def convert(
+    model: Annotated[str, typer.Argument(help=MODEL)],
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    to: Annotated[
+        str, typer.Option(help="int8 (8-bit weights and activations), or a cast: bf16, fp16, fp32.")
+    ] = "int8",
+    layout: Annotated[str, typer.Option(help="How it is written.")] = "compressed-tensors",
+    keep: Annotated[list[str] | None, typer.Option(help="Modules not to quantize, * matches anything.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that is there.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the manifest here.")] = None,
+) -> None:
+    """Convert a model to another precision, tensor by tensor."""
+    from fewbits.quantize.convert import convert as run
+    from fewbits.report.terminal import human_bytes, manifest_table
+
+    console = Console()
+    with _progress("converting", in_bytes=True) as step:
+        done = run(
+            model, out, to, layout=layout, keep=keep or (), overwrite=overwrite, revision=revision, progress=step,
+            on_manifest=lambda rows: console.print(manifest_table(rows)),
+        )  # fmt: skip
+    if json is not None:
+        _write_json(json, {"path": str(done.path), "to": to, "nbytes": done.nbytes,
+                           "manifest": [asdict(row) for row in done.manifest]})  # fmt: skip
+    console.print(f"wrote {done.path}: {to}, {human_bytes(done.nbytes)} of weights")
+
+
+@app.command()
+def compare(
+    reference: Annotated[str, typer.Argument(help=f"The original. {MODEL}")],
+    candidates: Annotated[list[str], typer.Argument(help="Converted models.")],
+    text: Annotated[Path | None, typer.Option(help="UTF-8 text to measure on; without it, a built-in one.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the figures here.")] = None,
+) -> None:
+    """Show original and converted models side by side: size, KL divergence, perplexity, tokens per second."""
+    from fewbits.measure.compare import compare as run
+    from fewbits.report.terminal import comparison_table
+
+    _refuse_unwritable(json)
+    with _progress("comparing") as step:
+        result = run(reference, candidates, text, progress=lambda what, done, total: step(done, total, what))
+    if json is not None:
+        _write_json(json, result.to_json())
+    Console().print(comparison_table(result))
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help=MODEL)],
+    prompt: Annotated[str, typer.Argument(help="What you say to it.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to write.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the draws, where temperature is above 0.")] = 0,
+    precision: Annotated[str | None, typer.Option(help="int8, bf16, fp16 or fp32; without it, as stored.")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="No chat template: continue the prompt as it is.")] = False,
+) -> None:
+    """Let a model answer a prompt; its chat template is applied."""
+    from fewbits.models.generate import generate_text
+    from fewbits.models.load import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    with _progress("loading", in_bytes=True) as step:
+        loaded = AutoModelForCausalLM.from_pretrained(model, precision=precision, progress=step)
+
+    def write(piece: str) -> None:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+
+    generate_text(
+        loaded, tokenizer, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
+        use_chat_template=not raw, write=write,
+    )  # fmt: skip
+    write("\n")
+
+
+@app.command()
+def doctor(json: Annotated[Path | None, typer.Option(help="Write it here.")] = None) -> None:
+    """Tell what this machine has: versions, cores, memory, the live instruction set, GPUs."""
+    from fewbits.measure.machine import this_machine
+    from fewbits.report.terminal import machine_table
+
+    machine = this_machine()
+    if json is not None:
+        _write_json(json, machine.to_json())
+    Console().print(machine_table(machine))
+
+
 def main() -> NoReturn:
     """Run the command line; turn errors into one line on stderr and an exit code."""
     try:
-        app()
+        app(standalone_mode=False)
     except FewbitsError as error:
         _fail(str(error), 2)
+    except _UsageError as error:
+        _fail(f"{error.format_message().rstrip('.')}; see fewbits --help", 2)
     except OSError as error:
         _fail(str(error), 1)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted", 130)
     sys.exit(0)
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    Console(stderr=True, soft_wrap=True, highlight=False).print(f"[red]error:[/red] {message}")
+    one_line = " ".join(message.split())
+    Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print("error:", one_line)
     sys.exit(code)
+
+
+@contextmanager
+def _progress(what: str, *, in_bytes: bool = False) -> Iterator[Callable[..., None]]:
+    """A progress bar on stderr, on a terminal only; gives a function of (done, total, description)."""
+    console = Console(stderr=True)
+    counter = DownloadColumn() if in_bytes else MofNCompleteColumn()
+    columns = (TextColumn("{task.description}"), BarColumn(), counter, TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(what, total=None)
+
+        def step(done: int, total: int, description: str = what) -> None:
+            progress.update(task, completed=done, total=total, description=description)
+
+        yield step
+
+
+def _refuse_unwritable(path: Path | None) -> None:
+    """Find a wrong output folder before minutes of work, not after."""
+    if path is not None and not path.absolute().parent.is_dir():
+        raise FewbitsError(f"--json: the folder {path.parent} does not exist; make it first")
+
+
+def _write_json(path: Path, data: dict[str, Any]) -> None:
+    path.write_text(dumps(data, indent=1) + "\n")

@@ -9,17 +9,19 @@ import os
 import warnings
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fewbits.errors import FewbitsError
 
+_native: Any
 try:
-    from fewbits.kernels import _native
+    _native = import_module("fewbits.kernels._native")
 except ImportError as error:  # not built for this Python or platform
-    _native = None
-    _why_not = str(error)
+    _native, _why_not = None, str(error)
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ def status() -> Status:
         return Status(False, "none", "forced by FEWBITS_ISA", False)
     if _native is None:
         warnings.warn(
-            f"fewbits runs without its compiled kernels, many times slower ({_why_not}); reinstall it with a C++ compiler",
+            f"fewbits runs without its compiled kernels, far slower ({_why_not}); reinstall it with a C++ compiler",
             RuntimeWarning,
             stacklevel=2,
         )

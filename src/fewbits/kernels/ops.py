@@ -18,7 +18,7 @@ from fewbits.errors import FewbitsError
 from fewbits.kernels import native, reference
 from fewbits.kernels.packing import CHANNELS, GROUP
 
-_library = torch.library.Library("fewbits", "DEF")
+_library: Any = torch.library.Library("fewbits", "DEF")  # type: ignore[no-untyped-call]
 
 
 def _quantize_per_token_shape(x: Tensor) -> tuple[Tensor, Tensor]:

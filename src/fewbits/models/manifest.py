@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import torch
+import transformers
 from torch import nn
 
 from fewbits.errors import FewbitsError
@@ -35,7 +36,7 @@ class ManifestRow:
 
 
 def make_manifest(
-    model: nn.Module,
+    model: transformers.PreTrainedModel,
     shapes: dict[str, tuple[int, ...]],
     precision: Precision,
     *,
@@ -58,7 +59,7 @@ def make_manifest(
     """
     modules = dict(model.named_modules())
     _check_patterns(keep, modules)
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = model.get_output_embeddings()
     rows = []
     for tensor, shape in shapes.items():
         owner, _, leaf = tensor.rpartition(".")

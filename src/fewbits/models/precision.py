@@ -40,7 +40,7 @@ PRECISIONS = {
         _precision("fp32", "fp32", None, True, "every tensor in 32 bits"),
         _precision("bf16", "bf16", None, True, "every tensor in bfloat16"),
         _precision("fp16", "fp16", None, True, "every tensor in half precision"),
-        _precision("int8", "int8", "int8", False, "8-bit weights, a scale per channel; 8-bit activations, one per token"),
+        _precision("int8", "int8", "int8", False, "8-bit weights and activations, a scale per channel and token"),
     )
 }
 

@@ -13,7 +13,7 @@ Source: the compressed-tensors package, ``compressed_tensors/quantization/quant_
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,14 @@ _WRITTEN_AS = "0.15.0"  # the first version of the package that transformers 5 a
 
 # Keys that readers may leave out, with what leaving them out means.
 _DEFAULTS: dict[str, Any] = {"symmetric": True, "dynamic": False, "group_size": None}
-_WEIGHTS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False, "group_size": None}
+_WEIGHTS = {
+    "num_bits": 8,
+    "type": "int",
+    "symmetric": True,
+    "strategy": "channel",
+    "dynamic": False,
+    "group_size": None,
+}
 _ACTIVATIONS = {**_WEIGHTS, "strategy": "token", "dynamic": True}
 
 
@@ -66,6 +73,11 @@ def stored_tensors(
 def scale_name(tensor: str) -> str:
     """The name of a weight's scales."""
     return f"{tensor}_scale"
+
+
+def is_scale(tensor: str, names: Container[str]) -> bool:
+    """Whether ``tensor`` holds the scales of another one among ``names``."""
+    return tensor.endswith("_scale") and tensor.removesuffix("_scale") in names
 
 
 def stored_precision(config: dict[str, Any], path: object) -> Precision:

@@ -1,0 +1,80 @@
+# make demo   from nothing to an 8-bit language model and what it cost
+# make test   everything for the tests
+
+PYTHON ?= python3
+CACHE  ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/fewbits
+BIN    := .venv/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+
+MODEL  := $(CACHE)/SmolLM2-135M-Instruct.Q4_1.gguf
+INT8   := build/smollm2-int8
+BF16   := build/smollm2-bf16
+SOURCES := $(shell find src csrc -name '*.py' -o -name '*.cpp' -o -name '*.hpp')
+
+.PHONY: help demo test lint format bench clean
+.DELETE_ON_ERROR:
+
+help:
+	@sed -n 's/^# make/make/p' $(MAKEFILE_LIST)
+
+demo: $(INT8)/config.json build/compare.txt
+	@cat build/compare.txt
+	@echo
+	@echo 'What is the capital of France?'
+	@$(BIN)/fewbits generate $(INT8) "What is the capital of France?"
+
+# make lint   ruff, clang-format, mypy
+lint: .venv/dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/clang-format --dry-run --Werror $(shell find csrc -name '*.cpp' -o -name '*.hpp')
+	$(BIN)/mypy
+
+# make format rewrite the sources in the project's format
+format: .venv/dev
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(shell find csrc -name '*.cpp' -o -name '*.hpp')
+
+test: .venv/dev .venv/built $(MODEL)
+	FEWBITS_DEMO_MODEL="$(MODEL)" $(BIN)/python -m pytest
+
+# make bench  fewbits beside its peers, in one run
+bench: .venv/bench $(INT8)/config.json $(BF16)/config.json
+	$(BIN)/python benchmarks/bench_convert.py $(MODEL) --json build/bench_convert.json
+	$(BIN)/python benchmarks/bench_generate.py $(BF16) $(INT8) --json build/bench_generate.json
+
+# make clean  remove everything that was made; the downloaded model stays in $(CACHE)
+clean:
+	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# The environment, in three steps, so that each is made once: tools to build with, the package, tools to develop with.
+.venv/tools: constraints.txt pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; set PYTHON=")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip --disable-pip-version-check install --quiet 'pip>=25.1'
+	$(PIP) --group build
+	@touch $@
+
+.venv/built: .venv/tools CMakeLists.txt $(filter csrc/%,$(SOURCES))
+	$(PIP) --no-build-isolation --editable .
+	@touch $@
+
+.venv/dev: .venv/built
+	$(PIP) --group test --group lint
+	@touch $@
+
+.venv/bench: .venv/built
+	$(PIP) --group bench
+	@touch $@
+
+$(MODEL): tools/demo_model.py | .venv/tools
+	$(BIN)/python tools/demo_model.py $@
+
+$(INT8)/config.json $(BF16)/config.json: build/smollm2-%/config.json: $(MODEL) | .venv/built
+	$(BIN)/fewbits convert $(MODEL) build/smollm2-$* --to $* --overwrite
+	@touch $@
+
+build/compare.txt: $(INT8)/config.json
+	$(BIN)/fewbits compare $(MODEL) $(INT8) --json build/compare.json > $@

@@ -1,0 +1,161 @@
+"""Convert a model on disk to another precision: manifest first, then tensor by tensor from source to output.
+
+Never more than one tensor is held, in the source's precision and in the new one.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor
+
+from fewbits.errors import FewbitsError
+from fewbits.models.layouts import compressed_tensors
+from fewbits.models.load import Progress, empty_model, nominal_dtype, stored_precision
+from fewbits.models.manifest import ManifestRow, make_manifest
+from fewbits.models.precision import TORCH_DTYPES, Precision, precision_named
+from fewbits.models.safetensors_writer import SafetensorsWriter
+from fewbits.models.source import Source, open_source
+from fewbits.models.staging import MARK, staged_folder
+from fewbits.tensors.quantized import quantize_per_channel
+
+LAYOUTS = ("compressed-tensors",)
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What a conversion wrote.
+
+    Attributes:
+        path: The folder.
+        precision: The precision's name.
+        nbytes: Bytes of all tensors.
+        manifest: Each tensor's format, bytes, or why it is kept.
+    """
+
+    path: Path
+    precision: str
+    nbytes: int
+    manifest: tuple[ManifestRow, ...]
+
+
+def convert(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    to: str = "int8",
+    *,
+    layout: str = "compressed-tensors",
+    keep: Sequence[str] = (),
+    overwrite: bool = False,
+    revision: str | None = None,
+    on_manifest: Callable[[Sequence[ManifestRow]], None] | None = None,
+    progress: Progress | None = None,
+) -> Conversion:
+    """Write a model in another precision.
+
+    Args:
+        source: Hub id, folder or ``.gguf`` file.
+        out: The folder to write; it appears when it is complete.
+        to: ``int8`` (8-bit weights and activations), or a cast: ``bf16``, ``fp16``, ``fp32``.
+        layout: How it is written; ``compressed-tensors`` (transformers and vLLM read it).
+        keep: Patterns of module names that are not quantized (``*`` matches anything).
+        overwrite: Replace ``out`` if it holds a model.
+        revision: Branch, tag or commit of a Hub id.
+        on_manifest: Called with the manifest before any work.
+        progress: Called with bytes written and bytes in all.
+
+    Raises:
+        FewbitsError: If the source cannot be read or is quantized already, a name or pattern is unknown, a weight
+            holds NaN or Inf, or ``out`` is not free.
+        OSError: If the output cannot be written. Nothing is left behind then.
+    """
+    precision = precision_named(to)
+    if layout not in LAYOUTS:
+        raise FewbitsError(f"layout {layout!r} is unknown; known: {', '.join(LAYOUTS)}")
+    if keep and precision.cast:
+        raise FewbitsError(f"keep: a cast to {to} quantizes nothing that could be kept; leave --keep out")
+    opened = open_source(source, revision=revision)
+    stored = stored_precision(opened)
+    if stored is not None:
+        raise FewbitsError(f"{opened.path} is {stored.name} already; convert the model that it was made from")
+    dtype = TORCH_DTYPES[precision.name] if precision.cast else nominal_dtype(opened)
+    model = empty_model(opened.config, dtype)
+    shapes = {name: tensor.shape for name, tensor in opened.tensors.items()}
+    manifest = make_manifest(model, shapes, precision, dtype=dtype, keep=keep)
+    out = Path(out)
+    nbytes = sum(row.nbytes for row in manifest)
+    with staged_folder(out, overwrite=overwrite, nbytes=nbytes) as folder:
+        if on_manifest is not None:
+            on_manifest(manifest)
+        _write_config(opened, model, precision, dtype, manifest, folder)
+        _write_tensors(opened, manifest, precision, dtype, folder / "model.safetensors", progress)
+        opened.tokenizer().save_pretrained(folder)
+        mark = {"fewbits": version("fewbits"), "source": opened.path.name, "to": to, "layout": layout}
+        rows = [asdict(row) for row in manifest]
+        (folder / MARK).write_text(json.dumps({**mark, "nbytes": nbytes, "manifest": rows}, indent=1) + "\n")
+    return Conversion(out, to, nbytes, tuple(manifest))
+
+
+def _write_config(
+    source: Source,
+    model: transformers.PreTrainedModel,
+    precision: Precision,
+    dtype: torch.dtype,
+    manifest: Sequence[ManifestRow],
+    folder: Path,
+) -> None:
+    config = copy.deepcopy(source.config)
+    config.dtype = dtype
+    config.architectures = config.architectures or [type(model).__name__]
+    if not precision.cast:
+        quantized = {row.module for row in manifest if row.reason is None}
+        linears = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+        ignore = [name for name in linears if name not in quantized]
+        config.quantization_config = compressed_tensors.quantization_config(precision, ignore)
+    config.save_pretrained(folder)
+    generation_config = source.generation_config()
+    if generation_config is not None:
+        generation_config.save_pretrained(folder)
+
+
+def _write_tensors(
+    source: Source,
+    manifest: Sequence[ManifestRow],
+    precision: Precision,
+    dtype: torch.dtype,
+    path: Path,
+    progress: Progress | None,
+) -> None:
+    declared: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    for row in manifest:
+        quantized = not precision.cast and row.reason is None
+        as_kept = {row.tensor: (dtype, row.shape)}
+        declared |= compressed_tensors.stored_tensors(row.tensor, row.shape, dtype) if quantized else as_kept
+    done, total = 0, sum(row.nbytes for row in manifest)
+    with SafetensorsWriter(path, ((name, *what) for name, what in declared.items())) as writer:
+        for row in manifest:
+            tensor = source.read(row.tensor)
+            if precision.cast or row.reason is not None:
+                writer.write(row.tensor, tensor.to(dtype))
+            else:
+                _write_quantized(writer, row.tensor, tensor, dtype)
+            done += row.nbytes
+            if progress is not None:
+                progress(done, total)
+
+
+def _write_quantized(writer: SafetensorsWriter, name: str, weight: Tensor, dtype: torch.dtype) -> None:
+    try:
+        quantized = quantize_per_channel(weight, scale_dtype=dtype)
+    except FewbitsError as error:
+        raise FewbitsError(f"{name}: {error}") from None
+    writer.write(name, quantized.codes)
+    writer.write(compressed_tensors.scale_name(name), quantized.scales)
