@@ -46,18 +46,19 @@ def gguf_architecture(header: GgufHeader) -> str:
     Raises:
         FewbitsError: None is stated, it is not one that is read, or the file is one part of several.
     """
-    architecture = header.metadata.get("general.architecture")
-    if architecture not in ARCHITECTURES or header.metadata.get(f"{architecture}.expert_count"):
-        experts = " with experts" if architecture in ARCHITECTURES else ""
+    architecture = header.text("general.architecture")
+    known = architecture in ARCHITECTURES
+    if not known or header.index(f"{architecture}.expert_count"):
+        experts = " with experts" if known else ""
         raise FewbitsError(
             f"{header.path}: architecture {architecture!r}{experts} is not read from GGUF ({', '.join(ARCHITECTURES)} "
             "are); use the folder of safetensors that the file was made from"
         )
-    if (parts := header.metadata.get("split.count")) not in (None, 0, 1):
+    if (parts := header.index("split.count") or 1) > 1:
         raise FewbitsError(
             f"{header.path}: is one of {parts} parts of a model; join them with llama-gguf-split --merge first"
         )
-    return str(architecture)
+    return architecture
 
 
 def gguf_config(header: GgufHeader) -> PreTrainedConfig:

@@ -80,12 +80,12 @@ class GgufFile:
 
     def generation_config(self) -> GenerationConfig | None:
         """The special tokens that begin, end and pad a text; a turn's end also ends the answer, as in llama.cpp."""
-        metadata = self._header.metadata
-        end, turn = metadata.get("tokenizer.ggml.eos_token_id"), metadata.get("tokenizer.ggml.eot_token_id")
+        header = self._header
+        end, turn = header.index("tokenizer.ggml.eos_token_id"), header.index("tokenizer.ggml.eot_token_id")
         return GenerationConfig(
-            bos_token_id=metadata.get("tokenizer.ggml.bos_token_id"),
+            bos_token_id=header.index("tokenizer.ggml.bos_token_id"),
             eos_token_id=end if turn in (None, end) else [end, turn],
-            pad_token_id=metadata.get("tokenizer.ggml.padding_token_id"),
+            pad_token_id=header.index("tokenizer.ggml.padding_token_id"),
         )
 
     @cached_property

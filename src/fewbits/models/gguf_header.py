@@ -92,6 +92,28 @@ class GgufHeader:
             self._refuse(key, value, "a positive number")
         return float(value)
 
+    def index(self, key: str) -> int | None:
+        """The whole number, zero or more, of a metadata key such as a token's; None where the key is absent.
+
+        Raises:
+            FewbitsError: It is something else.
+        """
+        value = self.metadata.get(key)
+        if value is not None and (type(value) is not int or value < 0):
+            self._refuse(key, value, "a whole number")
+        return value
+
+    def text(self, key: str, default: str | None = None) -> str:
+        """The text of a metadata key, or `default` where the key is absent.
+
+        Raises:
+            FewbitsError: It is something else, or absent without default.
+        """
+        value = self.metadata.get(key, default)
+        if not isinstance(value, str):
+            self._refuse(key, value, "text")
+        return value
+
     def _refuse(self, key: str, value: Any, wanted: str) -> NoReturn:
         shown = f"{len(value)} values" if isinstance(value, np.ndarray | StringArray) else repr(value)
         shown = "absent" if value is None else shown

@@ -29,21 +29,21 @@ def gguf_rope(header: GgufHeader, architecture: str, head_dim: int) -> dict[str,
     keys = f"{architecture}.rope."
     base = header.number(keys + "freq_base", _DEFAULT_BASE)
     parameters: dict[str, Any] = {"rope_theta": base, "rope_type": "default"}
-    if (rotated := header.metadata.get(keys + "dimension_count", head_dim)) != head_dim:
+    if (rotated := header.whole(keys + "dimension_count", head_dim)) != head_dim:
         raise FewbitsError(
             f"{header.path}: rotates {rotated} of {head_dim} elements of a head, which is not read for {architecture}; "
             "use the folder of safetensors that the file was made from"
         )
     if ROPE_FREQUENCIES in header.tensors:
         return parameters | _llama3(header, base, head_dim)
-    kind = header.metadata.get(keys + "scaling.type", "none")
-    if kind == "none":
-        return parameters
-    if kind not in ("linear", "yarn"):
+    kind = header.text(keys + "scaling.type", "none")
+    if kind not in ("none", "linear", "yarn"):
         raise FewbitsError(
             f"{header.path}: rotary scaling {kind!r} is not read (linear and yarn are); use the folder of safetensors "
             "that the file was made from"
         )
+    if kind == "none":
+        return parameters
     parameters |= {"rope_type": kind, "factor": header.number(keys + "scaling.factor")}
     if (original := keys + "scaling.original_context_length") in header.metadata:
         parameters["original_max_position_embeddings"] = header.whole(original)

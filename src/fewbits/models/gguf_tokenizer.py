@@ -59,9 +59,9 @@ def _section(header: GgufHeader, section: str) -> dict[str, Any]:
 
 
 def _token(header: GgufHeader, key: str, tokens: list[str]) -> str | None:
-    index = header.metadata.get(key)
+    index = header.index(key)
     if index is None:
         return None
-    if type(index) is not int or not 0 <= index < len(tokens):
+    if index >= len(tokens):
         raise FewbitsError(f"{header.path}: {key} is {index!r}, but the vocabulary has {len(tokens)} tokens")
     return tokens[index]
