@@ -10,15 +10,23 @@ if TYPE_CHECKING:
     from fewbits.models.load import AutoModelForCausalLM as AutoModelForCausalLM
     from fewbits.models.load import AutoTokenizer as AutoTokenizer
     from fewbits.quantize.convert import convert as convert
+    from fewbits.tensors.block import BlockCodes as BlockCodes
+    from fewbits.tensors.cast import decode as decode
+    from fewbits.tensors.cast import encode as encode
+    from fewbits.tensors.cast import round_to as round_to
 
 _HOMES = {
     "AutoModelForCausalLM": "fewbits.models.load",
     "AutoTokenizer": "fewbits.models.load",
+    "BlockCodes": "fewbits.tensors.block",
     "FewbitsError": "fewbits.errors",
     "Format": "fewbits.formats",
     "compare": "fewbits.measure.compare",
     "convert": "fewbits.quantize.convert",
+    "decode": "fewbits.tensors.cast",
+    "encode": "fewbits.tensors.cast",
     "formats": "fewbits.formats",
+    "round_to": "fewbits.tensors.cast",
 }
 
 __all__ = list(_HOMES)

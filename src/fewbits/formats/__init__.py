@@ -2,6 +2,6 @@
 
 from fewbits.formats.catalog import names
 from fewbits.formats.format import Block, Format, Kind, Specials
-from fewbits.formats.rounding import Overflow, Rounding
+from fewbits.formats.rounding import Overflow, Rounding, ScaleRule
 
-__all__ = ["Block", "Format", "Kind", "Overflow", "Rounding", "Specials", "names"]
+__all__ = ["Block", "Format", "Kind", "Overflow", "Rounding", "ScaleRule", "Specials", "names"]

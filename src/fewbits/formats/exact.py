@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from fractions import Fraction
+from functools import cache
 from typing import NamedTuple
 
 from fewbits.errors import FewbitsError
@@ -17,6 +18,10 @@ from fewbits.formats.rounding import RANDOM_BITS, Overflow, Rounding
 
 Exact = Fraction | float
 """A `Fraction`, or one of the floats -0.0, inf, -inf, nan."""
+
+
+_LISTED_BITS = 16  # formats up to this width are searched in a list of their values, wider ones by computing them
+_CODEBOOK_RANDOM_BITS = 24  # so many that a double holds gap · random / 2^24 between float32 levels exactly
 
 
 class Fields(NamedTuple):
@@ -89,13 +94,13 @@ def encode(
         raise FewbitsError(f"rounding {str(mode)!r} with random={random}: only stochastic takes one, and needs it")
     if isinstance(value, float) and math.isnan(value):
         return fmt.nan_code
-    negative = value < 0 or (isinstance(value, float) and math.copysign(1.0, value) < 0)
+    negative = value < 0 or (fmt.signed and isinstance(value, float) and math.copysign(1.0, value) < 0)
     away = {Rounding.UP: not negative, Rounding.DOWN: negative}.get(mode)  # None: the mode is symmetric
     if fmt.kind is Kind.CODEBOOK:
         return _nearest_level(value, fmt, mode, random)
     limit = fmt.max_code + int(negative and fmt.twos_complement and not fmt.narrow)
     if isinstance(value, float) and math.isinf(value):
-        return _signed(_infinity(fmt, rule), negative, fmt)
+        return _signed(_infinity(fmt, rule, limit), negative, fmt)
     magnitude = abs(Fraction(value))
     lower = _last_at_most(magnitude, fmt, limit + 1)
     code = max(lower, 0)
@@ -103,7 +108,7 @@ def encode(
         code = lower + 1
     if code > limit:
         stops = mode is Rounding.TOWARD_ZERO or away is False
-        code = limit if stops or rule is Overflow.SATURATE else _infinity(fmt, rule)
+        code = limit if stops or rule is Overflow.SATURATE else _infinity(fmt, rule, limit)
     return _signed(code, negative, fmt)
 
 
@@ -141,11 +146,15 @@ def _ordinal_value(ordinal: int, fmt: Format) -> Fraction:
 
 def _last_at_most(magnitude: Fraction, fmt: Format, last: int) -> int:
     """The largest magnitude code, at most `last`, whose value is at most `magnitude`; -1 if even code 0 is larger."""
-    low, high = -1, last + 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fmt.magnitude(middle) <= magnitude else (low, middle)
-    return low
+    if fmt.bits <= _LISTED_BITS:
+        return bisect_right(_magnitudes(fmt), magnitude, hi=last + 1) - 1
+    return bisect_right(range(last + 1), magnitude, key=fmt.magnitude) - 1
+
+
+@cache
+def _magnitudes(fmt: Format) -> tuple[Fraction, ...]:
+    """The values of all magnitude codes, and of one more: what overflows to the largest is nearer than that."""
+    return tuple(fmt.magnitude(code) for code in range(fmt.sign_bit + 2))
 
 
 def _leaves_lower(
@@ -158,11 +167,11 @@ def _leaves_lower(
         return False
     # The significand's last bit is the code's, but a one-bit significand (no mantissa) is 1, odd, for every code but 0.
     odd = lower % 2 == 1 if fmt.mantissa_bits else lower > 0 or not fmt.has_subnormals
-    return _chooses_upper(fraction, odd, mode, away, random, RANDOM_BITS)
+    return _chooses_upper(fraction, odd, mode, away, random)
 
 
 def _chooses_upper(
-    fraction: Fraction, odd: bool, mode: Rounding, away: bool | None, random: int | None, random_bits: int
+    fraction: Fraction, odd: bool, mode: Rounding, away: bool | None, random: int | None, random_bits: int = RANDOM_BITS
 ) -> bool:
     """Whether a number `fraction` of the way from the lower magnitude to the upper takes the upper one."""
     if away is not None:
@@ -176,10 +185,10 @@ def _chooses_upper(
     return fraction > half or (fraction == half and (odd or mode is Rounding.NEAREST_AWAY))
 
 
-def _infinity(fmt: Format, rule: Overflow) -> int:
-    """The magnitude code that Inf becomes."""
+def _infinity(fmt: Format, rule: Overflow, limit: int) -> int:
+    """The magnitude code that Inf becomes; `limit` is the largest finite one."""
     if rule is Overflow.SATURATE:
-        return fmt.max_code
+        return limit
     return fmt.nan_code if fmt.inf_code is None else fmt.inf_code
 
 
@@ -196,18 +205,23 @@ def _signed(code: int, negative: bool, fmt: Format) -> int:
 
 
 def _nearest_level(value: Exact | int, fmt: Format, mode: Rounding, random: int | None) -> int:
-    """Round to a codebook; a tie goes to the even index."""
+    """Round to a codebook; it saturates, and a tie goes to the even index."""
     levels = fmt.codebook
     if value <= levels[0] or value >= levels[-1]:
         return 0 if value <= levels[0] else len(levels) - 1
     upper = bisect_right(levels, value)
     lower = upper - 1
+    if value == levels[lower]:
+        return lower
     if value < 0:  # the neighbours as magnitudes: the inner one first
         lower, upper = upper, lower
     inner, outer = abs(Fraction(levels[lower])), abs(Fraction(levels[upper]))
     fraction = (abs(Fraction(value)) - inner) / (outer - inner)
     away = {Rounding.UP: value > 0, Rounding.DOWN: value < 0}.get(mode)
-    return upper if _chooses_upper(fraction, lower % 2 == 1, mode, away, random, RANDOM_BITS) else lower
+    odd = lower % 2 == 1
+    bits = _CODEBOOK_RANDOM_BITS
+    random = None if random is None else random >> (RANDOM_BITS - bits)
+    return upper if _chooses_upper(fraction, odd, mode, away, random, bits) else lower
 
 
 def _is_nan(code: int, fmt: Format) -> bool:

@@ -16,7 +16,7 @@ from enum import StrEnum
 from fractions import Fraction
 
 from fewbits.errors import FewbitsError
-from fewbits.formats.rounding import Overflow
+from fewbits.formats.rounding import Overflow, ScaleRule
 
 
 class Kind(StrEnum):
@@ -264,6 +264,21 @@ class Format:
         if rule is Overflow.IEEE and (self.block is not None or not (self.has_inf or self.has_nan)):
             raise FewbitsError(f"overflow 'ieee' needs an Inf or a NaN, and {self.name} has neither: use 'saturate'")
         return rule
+
+    def scale_rule(self, rule: str | None) -> ScaleRule:
+        """The scale rule of a block format: the one named; for None, `floor` in MX and `two_level` in NVFP4.
+
+        Raises:
+            FewbitsError: unknown rule, one of the other kind of block, or the format has no blocks.
+        """
+        if self.block is None:
+            raise FewbitsError(f"scale_rule={rule!r}: {self.name} has no shared scale; leave scale_rule out")
+        nvfp4 = (ScaleRule.TWO_LEVEL, ScaleRule.ONE_LEVEL)
+        allowed = nvfp4 if self.block.tensor_scale else tuple(r for r in ScaleRule if r not in nvfp4)
+        chosen = allowed[0] if rule is None else ScaleRule.named(rule)
+        if chosen not in allowed:
+            raise FewbitsError(f"scale rule {str(rule)!r} is not for {self.name}: choose from {', '.join(allowed)}")
+        return chosen
 
     def _scale_limits(self) -> tuple[float, float]:
         """The smallest and the largest scale of a block format; (1, 1) for any other."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from difflib import get_close_matches
 from enum import StrEnum
 from typing import Self
@@ -31,7 +32,11 @@ class _Choice(StrEnum):
             return cls(wanted)
         near = get_close_matches(wanted, choices, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise FewbitsError(f"unknown {cls.__name__.lower()} {name!r}: {hint}choose from {', '.join(choices)}")
+        raise FewbitsError(f"unknown {cls._what()} {name!r}: {hint}choose from {', '.join(choices)}")
+
+    @classmethod
+    def _what(cls) -> str:
+        return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", cls.__name__).lower()
 
 
 class Rounding(_Choice):
@@ -61,3 +66,24 @@ class Overflow(_Choice):
     IEEE = "ieee"
     """Inf where the format has one, else NaN. Roundings toward zero stop at the largest finite value, as in
     IEEE 754-2019, section 7.4; Inf itself stays Inf (or NaN) under every rounding."""
+
+
+class ScaleRule(_Choice):
+    """How the shared scale of a block follows from the largest magnitude in it, amax.
+
+    The first four are for MX, whose scales are powers of two; emax is the exponent of the largest element value, and
+    mantissa the element's mantissa bits. The last two are for NVFP4.
+    """
+
+    FLOOR = "floor"
+    """2^(floor(log2 amax) - emax): OCP MX 1.0, section 6.3. amax itself may saturate, by up to a factor of 2."""
+    CEIL = "ceil"
+    """2^(ceil(log2 amax) - emax): nothing saturates; up to one bit of precision is lost."""
+    EVEN = "even"
+    """Floor, after amax is rounded to the element's precision: no more than rounding saturates."""
+    RCEIL = "rceil"
+    """The smallest power of two that brings amax to at most the largest element value (cuBLAS; PTX cvt.rp)."""
+    TWO_LEVEL = "two_level"
+    """Tensor scale amax(tensor) / (448 · 6) in fp32, block scale amax / (6 · tensor scale) in e4m3fn."""
+    ONE_LEVEL = "one_level"
+    """Block scale amax / 6 in e4m3fn; the tensor scale is 1."""

@@ -33,7 +33,7 @@ def formats_table(which: Sequence[str] | None = None) -> RenderableType:
     """
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("format", style="bold", no_wrap=True)
-    for heading in ("bits", "s/e/m", "max", "min\nnormal", "min\nsubnormal", "epsilon", "GB per 10⁹\nparameters"):
+    for heading in ("bits", "s/e/m", "max", "min\nnormal", "min sub-\nnormal", "epsilon", "GB per\n10⁹ par."):
         table.add_column(heading, justify="right", no_wrap=True)
     uses = Table.grid(padding=(0, 2, 0, 0))
     uses.add_column(style="bold", no_wrap=True)
@@ -180,6 +180,7 @@ def _facts(fmt: Format) -> list[tuple[str, str | Text]]:
     size = f"{fmt.bits}" + (f", in words of {fmt.storage_bits}" if fmt.storage_bits else "")
     facts: list[tuple[str, str | Text]] = [
         ("bits", size),
+        ("block", _block(fmt)),
         ("memory", f"{_gigabytes(fmt)} GB per billion parameters"),
         ("largest", _with_code(fmt.max_code, fmt)),
         ("least", _short(fmt.min)),
@@ -196,12 +197,21 @@ def _facts(fmt: Format) -> list[tuple[str, str | Text]]:
     return [(label, value) for label, value in facts if value and value != "–"]
 
 
+def _block(fmt: Format) -> str:
+    if fmt.block is None:
+        return ""
+    tensor = f", and the tensor a scale in {fmt.block.tensor_scale}" if fmt.block.tensor_scale else ""
+    return f"{fmt.block.size} values share a scale in {fmt.block.scale}{tensor}"
+
+
 def _inf_codes(fmt: Format) -> str:
     code = fmt.inf_code
     return "none" if code is None else f"{_hex(code, fmt)}, {_hex(code | fmt.sign_bit, fmt)}"
 
 
 def _nan_codes(fmt: Format) -> str:
+    if fmt.block is not None:
+        return f"the whole block, by its scale: {_nan_codes(Format.named(fmt.block.scale))}"
     if not fmt.has_nan:
         return f"none; NaN becomes {_hex(fmt.nan_code, fmt)}"
     if fmt.specials is not Specials.IEEE:
@@ -247,13 +257,17 @@ def _power(value: float, short: str) -> str:
 def _short(value: float) -> str:
     """A number in at most 10 characters: exact up to 65504, powers of two as such, else five digits."""
     mantissa, exponent = math.frexp(value)
-    if mantissa == 0.5 and not -5 < exponent < 17:
+    if mantissa == 0.5 and not -4 < exponent < 17:
         return f"2^{exponent - 1}"
-    return f"{value:.5g}" if abs(value) >= 1e6 else f"{value:.7g}"
+    return f"{value:g}" if value == int(value) and abs(value) < 1e6 else f"{value:.5g}"
 
 
 def _with_code(code: int, fmt: Format) -> Text:
     value = Fraction(fmt.max)
+    if fmt.block is not None:
+        return Text.assemble(
+            f"{_exactly(Fraction(fmt.element.max))} × scale  ", _bits(code, fmt), f"  {_hex(code, fmt)}"
+        )
     return Text.assemble(f"{_exactly(value)}  ", _bits(code, fmt), f"  {_hex(code, fmt)}")
 
 
