@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 
@@ -7,7 +8,7 @@ from typer.testing import CliRunner
 from fewbits import FewbitsError
 from fewbits.cli import app
 from fewbits.formats import names
-from fewbits.report.formats import number_table
+from fewbits.report.number import number_table
 
 
 def run(*args):
@@ -107,3 +108,36 @@ def test_no_torch_is_imported(args):
     code = f"import sys; from fewbits.cli import app; app({args}, standalone_mode=False); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "False"
+
+
+def test_dialects_show_where_they_differ():
+    page = run("formats", "e4m3fn", "--dialects")
+    rows = {line.split()[0]: line.split()[1:3] for line in page.splitlines() if line[1:2].isalpha()}
+    assert rows["cuda"] == ["448", "448"]
+    assert rows["ml_dtypes"] == ["nan", "nan"]
+    assert "fewbits: saturate" in page
+
+
+def test_dialects_need_a_format():
+    result = CliRunner().invoke(app, ["formats", "--dialects"])
+    assert isinstance(result.exception, FewbitsError)
+    assert "--dialects is about one format" in str(result.exception)
+
+
+def test_block_formats_see_a_block_of_one():
+    shown = run("show", "0.1", "--in", "mxfp4")
+    assert "0.015625  0x79 in e8m0fnu" in shown
+    assert "saturated at 0.09375" in shown
+    assert "NaN  0xFF in e8m0fnu" in run("show", "inf", "--in", "mxfp4")
+
+
+def test_json(tmp_path):
+    run("formats", "--json", str(tmp_path / "formats.json"))
+    rows = {row["name"]: row for row in json.loads((tmp_path / "formats.json").read_text())["formats"]}
+    assert rows["fp16"]["max"] == 65504
+    assert rows["mxfp4"]["block"] == {"size": 32, "scale": "e8m0fnu", "tensor_scale": None}
+    run("show", "0.1", "--in", "fp16", "--json", str(tmp_path / "number.json"))
+    shown = json.loads((tmp_path / "number.json").read_text())
+    assert shown["number"] == "1/10"
+    assert shown["formats"][0]["code"] == 0x2E66
+    assert shown["formats"][0]["becomes"] == "0.0999755859375"

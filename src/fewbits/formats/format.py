@@ -16,6 +16,7 @@ from enum import StrEnum
 from fractions import Fraction
 
 from fewbits.errors import FewbitsError
+from fewbits.formats.dialects import BY_NAME
 from fewbits.formats.rounding import Overflow, ScaleRule
 
 
@@ -255,13 +256,18 @@ class Format:
     def overflow_rule(self, overflow: str | None) -> Overflow:
         """The overflow rule to use: the one named; for None, `ieee` if the format has Inf, else `saturate`.
 
+        A dialect (`torch`, `ml_dtypes`, `cuda`, …; see `fewbits.formats.dialects`) stands for its rule.
+
         Raises:
             FewbitsError: unknown rule, or `ieee` where the format has neither Inf nor NaN to overflow to.
         """
         if overflow is None:
             return Overflow.IEEE if self.has_inf else Overflow.SATURATE
+        finite = self.block is not None or not (self.has_inf or self.has_nan)
+        if (dialect := BY_NAME.get(overflow)) is not None:
+            return Overflow.SATURATE if finite else dialect.rule(self.name)
         rule = Overflow.named(overflow)
-        if rule is Overflow.IEEE and (self.block is not None or not (self.has_inf or self.has_nan)):
+        if rule is Overflow.IEEE and finite:
             raise FewbitsError(f"overflow 'ieee' needs an Inf or a NaN, and {self.name} has neither: use 'saturate'")
         return rule
 
