@@ -157,8 +157,10 @@ def _to_levels(values: Tensor, fmt: Format, mode: Rounding, random: Tensor | Non
     levels = torch.tensor(fmt.codebook, dtype=torch.float64, device=values.device)
     is_nan = values.isnan()
     inside = values.nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf).clamp(levels[0], levels[-1])
-    lower = (torch.searchsorted(levels, inside, right=True) - 1).clamp(max=len(fmt.codebook) - 2)
-    low, high = levels[lower], levels[lower + 1]
+    lower = torch.zeros_like(inside, dtype=torch.int64)  # counted: searchsorted starts threads for every chunk
+    for level in fmt.codebook[1:-1]:
+        lower += inside >= level
+    low, high = _look_up(levels, lower), _look_up(levels, lower + 1)
     if mode in (Rounding.NEAREST_EVEN, Rounding.NEAREST_AWAY):
         middle = (low + high) / 2  # exact: the levels are float32
         even_above = lower % 2 == 1 if mode is Rounding.NEAREST_EVEN else inside > 0
@@ -192,10 +194,14 @@ def to_values(codes: Tensor, fmt: Format, dtype: torch.dtype) -> Tensor:
         `dtype`, the shape of `codes`.
     """
     if fmt.bits <= DECODE_TABLE_BITS:
-        index = codes.reshape(-1).to(torch.int32)
-        return _table(fmt, dtype, str(codes.device)).index_select(0, index).reshape(codes.shape)
+        return _look_up(_table(fmt, dtype, str(codes.device)), codes.to(torch.int32))
     # uint64 becomes int64 bit for bit: a negative code is the same code
     return to_dtype(_decode(codes.to(torch.int64), fmt), dtype)
+
+
+def _look_up(table: Tensor, index: Tensor) -> Tensor:
+    """table[index]; index_select is many times faster at it than indexing (torch 2.13, CPU)."""
+    return table.index_select(0, index.reshape(-1)).reshape(index.shape)
 
 
 @lru_cache(maxsize=64)
