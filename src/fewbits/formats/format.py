@@ -266,9 +266,10 @@ class Format:
         finite = self.block is not None or not (self.has_inf or self.has_nan)
         if (dialect := BY_NAME.get(overflow)) is not None:
             return Overflow.SATURATE if finite else dialect.rule(self.name)
-        rule = Overflow.named(overflow)
+        rule = Overflow.named(overflow, also=BY_NAME)
         if rule is Overflow.IEEE and finite:
-            raise FewbitsError(f"overflow 'ieee' needs an Inf or a NaN, and {self.name} has neither: use 'saturate'")
+            what = "blocks always saturate" if self.block else f"{self.name} has neither"
+            raise FewbitsError(f"overflow 'ieee' needs an Inf or a NaN, and {what}: use 'saturate'")
         return rule
 
     def scale_rule(self, rule: str | None) -> ScaleRule:

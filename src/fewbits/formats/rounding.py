@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from difflib import get_close_matches
 from enum import StrEnum
 from typing import Self
@@ -17,11 +18,12 @@ class _Choice(StrEnum):
     """A name that users type; looked up with the nearest name suggested."""
 
     @classmethod
-    def named(cls, name: str) -> Self:
+    def named(cls, name: str, also: Iterable[str] = ()) -> Self:
         """Look up a choice by name.
 
         Args:
             name: the name, in any case; `-` and `_` are the same.
+            also: other names that would have been right, for the message.
 
         Raises:
             FewbitsError: no such name; the message suggests the nearest one and lists all.
@@ -30,6 +32,7 @@ class _Choice(StrEnum):
         choices = [str(choice) for choice in cls]
         if wanted in choices:
             return cls(wanted)
+        choices.extend(also)
         near = get_close_matches(wanted, choices, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise FewbitsError(f"unknown {cls._what()} {name!r}: {hint}choose from {', '.join(choices)}")

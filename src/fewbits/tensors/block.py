@@ -68,10 +68,15 @@ def to_blocks(x: Tensor, fmt: Format, how: How, rule: ScaleRule) -> tuple[BlockC
             words = random_words(how.seed, positions_of(part.start * K, (part.stop - part.start) * K, x.device))
             words = _in_blocks(words.reshape(-1, K), size)
         code, overflowed, scales[part] = encoded(blocks, fmt, how, rule, tensor_scale, words)
-        code = code.masked_fill(scales[part][..., None] == Format.named(fmt.block.scale).nan_code, 0)
+        code = code.masked_fill(scales[part][..., None] == _scale_format(fmt).nan_code, 0)
         codes[part], over[part] = (each.flatten(1)[:, :K] for each in (code, overflowed))
     found = BlockCodes(codes.reshape(x.shape), scales.reshape(*x.shape[:-1], count), tensor_scale)
     return found, over.reshape(x.shape)
+
+
+def _scale_format(fmt: Format) -> Format:
+    assert fmt.block is not None
+    return Format.named(fmt.block.scale)
 
 
 def _in_blocks(flat: Tensor, size: int) -> Tensor:
@@ -93,7 +98,7 @@ def from_blocks(blocks: BlockCodes, fmt: Format, dtype: torch.dtype) -> Tensor:
     """
     assert fmt.block is not None
     values = to_values(blocks.codes, fmt.element, torch.float64)
-    scales = to_values(blocks.scales, Format.named(fmt.block.scale), torch.float64)
+    scales = to_values(blocks.scales, _scale_format(fmt), torch.float64)
     values = values * scales.repeat_interleave(fmt.block.size, dim=-1)[..., : values.shape[-1]]
     if blocks.tensor_scale is not None:
         values = values * blocks.tensor_scale.to(torch.float64)
@@ -107,7 +112,7 @@ def _mx(
     blocks: Tensor, fmt: Format, how: How, rule: ScaleRule, tensor_scale: Tensor | None, words: Tensor | None
 ) -> _Encoded:
     amax = blocks.abs().amax(dim=-1)  # (rows, count); NaN and Inf come through
-    scale = Format.named(fmt.block.scale) if fmt.block else fmt
+    scale = _scale_format(fmt)
     exponent = _scale_exponent(amax, fmt, rule).clamp(-scale.bias, scale.max_code - scale.bias)
     codes, over = to_codes(blocks, fmt.element, how, words, scale_exponent=exponent[..., None])
     return codes, over, torch.where(amax.isfinite(), exponent + scale.bias, scale.nan_code)
@@ -139,7 +144,7 @@ def _tensor_scale(x: Tensor, fmt: Format, rule: ScaleRule) -> Tensor | None:
     magnitude = x.abs()
     amax = torch.where(magnitude.isfinite(), magnitude, 0).amax().to(torch.float64)
     fp32 = torch.finfo(torch.float32)
-    whole = amax / (Format.named(fmt.block.scale).max * fmt.element.max)
+    whole = amax / (_scale_format(fmt).max * fmt.element.max)
     rounded = whole.clamp(max=fp32.max).to(torch.float32).clamp(min=fp32.smallest_normal * fp32.eps)
     return torch.where(amax > 0, rounded, one)
 
@@ -148,7 +153,7 @@ def _nvfp4(
     blocks: Tensor, fmt: Format, how: How, rule: ScaleRule, tensor_scale: Tensor | None, words: Tensor | None
 ) -> _Encoded:
     assert tensor_scale is not None
-    scale = Format.named(fmt.block.scale) if fmt.block else fmt
+    scale = _scale_format(fmt)
     tensor_scale = tensor_scale.to(torch.float64)
     amax = blocks.abs().amax(dim=-1)  # (rows, count)
     code, _ = to_codes(amax / (fmt.element.max * tensor_scale), scale, _SCALE)

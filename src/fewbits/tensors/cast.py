@@ -15,6 +15,7 @@ All of them round once, whatever the input dtype. What every cast does with the 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -48,7 +49,8 @@ def round_to(
             dimension; its last block may be shorter than the others.
         fmt: a format or its name.
         rounding: nearest_even, nearest_away, toward_zero, up, down or stochastic; in a block, of the elements.
-        overflow: saturate or ieee; None is ieee if the format has Inf, else saturate. Blocks always saturate.
+        overflow: saturate, ieee, or a dialect (`fewbits.formats.dialects`); None is ieee if the format has Inf, else
+            saturate. Blocks always saturate.
         seed: 0 to 2^64 - 1, for stochastic rounding and required there. The result depends on the seed, the value and
             its row-major position alone.
         scale_rule: of a block format, a name in `fewbits.formats.ScaleRule`; None is floor for MX, two_level for NVFP4.
@@ -85,7 +87,7 @@ def encode(
     """
     fmt, how, rule = _choices(x, fmt, rounding, overflow, seed, scale_rule)
     x = x.detach()
-    return to_blocks(x, fmt, how, rule)[0] if rule else _encoded(x, fmt, how)[0]
+    return to_blocks(x, fmt, how, rule)[0] if rule else _encoded(x, fmt, how)
 
 
 def decode(codes: Tensor | BlockCodes, fmt: str | Format, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -113,7 +115,11 @@ def decode(codes: Tensor | BlockCodes, fmt: str | Format, dtype: torch.dtype = t
         _check_codes(codes.codes, fmt.element)
         return from_blocks(codes, fmt, dtype)
     _check_codes(codes, fmt)
-    return to_values(codes, fmt, dtype)
+    flat = codes.reshape(-1)
+    values = torch.empty(flat.shape, dtype=dtype, device=codes.device)
+    for part in _chunks(flat):
+        values[part] = to_values(flat[part], fmt, dtype)
+    return values.reshape(codes.shape)
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -139,25 +145,37 @@ def _rounded(x: Tensor, fmt: Format, how: How, rule: ScaleRule | None) -> tuple[
     if rule:
         blocks, over = to_blocks(x, fmt, how, rule)
         return from_blocks(blocks, fmt, x.dtype), over
-    codes, over = _encoded(x, fmt, how)
-    return to_values(codes, fmt, x.dtype), over
+    rounded = torch.empty(x.numel(), dtype=x.dtype, device=x.device)
+    over = torch.empty(x.numel(), dtype=torch.bool, device=x.device)
+    for part, codes, overflowed in _in_chunks(x, fmt, how):
+        rounded[part], over[part] = to_values(codes, fmt, x.dtype), overflowed
+    return rounded.reshape(x.shape), over.reshape(x.shape)
 
 
-def _encoded(x: Tensor, fmt: Format, how: How) -> tuple[Tensor, Tensor]:
-    """The codes, in their own dtype, and which values overflowed; chunk by chunk, for the caches."""
-    flat = x.reshape(-1)
-    chunk = CHUNK if x.device.type == "cpu" else max(flat.numel(), 1)
-    codes = torch.empty(flat.shape, dtype=_code_dtype(fmt), device=x.device)
-    over = torch.empty(flat.shape, dtype=torch.bool, device=x.device)
+def _encoded(x: Tensor, fmt: Format, how: How) -> Tensor:
+    """The codes in their own dtype."""
+    codes = torch.empty(x.numel(), dtype=_code_dtype(fmt), device=x.device)
     signed = codes.view(_SIGNED[codes.dtype])  # torch computes little in unsigned dtypes; the bits are the same
-    for start in range(0, flat.numel(), chunk):
-        values = flat[start : start + chunk].to(torch.float64)
+    for part, chunk, _ in _in_chunks(x, fmt, how):
+        signed[part] = chunk.to(signed.dtype)
+    return codes.reshape(x.shape)
+
+
+def _in_chunks(x: Tensor, fmt: Format, how: How) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Round a tensor chunk by chunk: where each is in row-major order, its codes (int64), and what overflowed."""
+    flat = x.reshape(-1)
+    for part in _chunks(flat):
+        values = flat[part].to(torch.float64)
         words = None
         if how.seed is not None:
-            words = random_words(how.seed, positions_of(start, values.numel(), x.device))
-        part, over[start : start + chunk] = to_codes(values, fmt, how, words)
-        signed[start : start + chunk] = part.to(signed.dtype)
-    return codes.reshape(x.shape), over.reshape(x.shape)
+            words = random_words(how.seed, positions_of(part.start, values.numel(), x.device))
+        yield part, *to_codes(values, fmt, how, words)
+
+
+def _chunks(flat: Tensor) -> Iterator[slice]:
+    size = CHUNK if flat.device.type == "cpu" else max(flat.numel(), 1)
+    for start in range(0, flat.numel(), size):
+        yield slice(start, min(start + size, flat.numel()))
 
 
 _SIGNED = {
