@@ -20,6 +20,7 @@ from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progres
 
 from fewbits.errors import FewbitsError
 
+_INTERRUPTED = 130  # the exit code after Ctrl-C: 128 + SIGINT
 MODEL = "A Hub id, a folder, or a .gguf file."
 
 app = typer.Typer(
@@ -93,6 +94,7 @@ def convert(
     from fewbits.quantize.convert import convert as run
     from fewbits.report.terminal import human_bytes, manifest_table
 
+    _refuse_unwritable(json)
     console = Console()
     with _progress("converting", in_bytes=True) as step:
         done = run(
@@ -102,7 +104,7 @@ def convert(
     if json is not None:
         _write_json(json, {"path": str(done.path), "to": to, "nbytes": done.nbytes,
                            "manifest": [asdict(row) for row in done.manifest]})  # fmt: skip
-    console.print(f"wrote {done.path}: {to}, {human_bytes(done.nbytes)} of weights")
+    typer.echo(f"wrote {done.path}: {to}, {human_bytes(done.nbytes)} of weights")
 
 
 @app.command()
@@ -159,6 +161,7 @@ def doctor(json: Annotated[Path | None, typer.Option(help="Write it here.")] = N
     from fewbits.measure.machine import this_machine
     from fewbits.report.terminal import machine_table
 
+    _refuse_unwritable(json)
     machine = this_machine()
     if json is not None:
         _write_json(json, machine.to_json())
@@ -168,7 +171,8 @@ def doctor(json: Annotated[Path | None, typer.Option(help="Write it here.")] = N
 def main() -> NoReturn:
     """Run the command line; turn errors into one line on stderr and an exit code."""
     try:
-        app(standalone_mode=False)
+        if app(standalone_mode=False) == _INTERRUPTED:  # some versions of Typer turn Ctrl-C into this result
+            raise KeyboardInterrupt
     except FewbitsError as error:
         _fail(str(error), 2)
     except _UsageError as error:
@@ -176,13 +180,13 @@ def main() -> NoReturn:
     except OSError as error:
         _fail(str(error), 1)
     except (KeyboardInterrupt, typer.Abort):
-        _fail("interrupted", 130)
+        _fail("interrupted", _INTERRUPTED)
     sys.exit(0)
 
 
 def _fail(message: str, code: int) -> NoReturn:
     one_line = " ".join(message.split())
-    Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print("error:", one_line)
+    Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False).print("error:", one_line)
     sys.exit(code)
 
 
@@ -202,9 +206,11 @@ def _progress(what: str, *, in_bytes: bool = False) -> Iterator[Callable[..., No
 
 
 def _refuse_unwritable(path: Path | None) -> None:
-    """Find a wrong output folder before minutes of work, not after."""
+    """Find a wrong output file before minutes of work, not after."""
     if path is not None and not path.absolute().parent.is_dir():
         raise FewbitsError(f"--json: the folder {path.parent} does not exist; make it first")
+    if path is not None and path.is_dir():
+        raise FewbitsError(f"--json: {path} is a folder; give a file name")
 
 
 def _write_json(path: Path, data: dict[str, Any]) -> None:

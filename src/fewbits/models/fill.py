@@ -1,8 +1,9 @@
-"""Fill an empty model with tensors as they come, in any order, and say what was missing."""
+"""Check that a checkpoint is of a model, and fill the empty model with its tensors as they come, in any order."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 
 import torch
 import transformers
@@ -14,8 +15,34 @@ from fewbits.models.source import Source
 from fewbits.tensors.quantized import QuantizedTensor, quantize_per_channel
 
 
+def check_tensors(model: transformers.PreTrainedModel, shapes: Mapping[str, tuple[int, ...]], path: object) -> None:
+    """Check that a checkpoint has every tensor of a model, in the model's shape.
+
+    Args:
+        model: The model; it may be on the meta device. A tensor that its configuration ties to another may be absent.
+        shapes: Shape of each stored tensor by name; those that the model does not have are not looked at.
+        path: The checkpoint, for the message.
+
+    Raises:
+        FewbitsError: If one is missing or has another shape.
+    """
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    missing = [name for name in wanted if name not in shapes and name not in model.all_tied_weights_keys]
+    if missing:
+        raise FewbitsError(
+            f"{path}: {len(missing)} tensors of the model are not in the checkpoint, such as {missing[0]}; "
+            "download it again"
+        )
+    for name, shape in wanted.items():
+        if shapes.get(name, shape) != shape:
+            raise FewbitsError(
+                f"{path}: {name} has shape {list(shapes[name])}, the configuration wants {list(shape)}; "
+                "config.json and the weights are not of the same model"
+            )
+
+
 class Filler:
-    """Puts tensors where they belong in an empty model, and knows at the end what was missing."""
+    """Puts tensors of a checked checkpoint where they belong in an empty model, and knows which have no place."""
 
     def __init__(self, model: transformers.PreTrainedModel, source: Source) -> None:
         self.model = model
@@ -31,7 +58,6 @@ class Filler:
         except AttributeError:
             self.unexpected.append(name)
             return
-        self._check_shape(name, tuple(there.shape), tuple(tensor.shape))
         if leaf in owner._parameters:
             setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False))
         else:
@@ -47,22 +73,24 @@ class Filler:
     def place(self, name: str, weight: QuantizedTensor) -> None:
         """Replace a linear layer by one with this quantized weight."""
         layer_name = name.rpartition(".")[0]
-        layer = self.model.get_submodule(layer_name)
-        self._check_shape(name, (layer.out_features, layer.in_features), tuple(weight.codes.shape))
-        bias = layer.bias
+        try:
+            layer = self.model.get_submodule(layer_name)
+        except AttributeError:
+            self.unexpected.append(name)
+            return
+        if not isinstance(layer, nn.Linear):
+            raise FewbitsError(
+                f"{self.source.path}: {name} is quantized, and {type(layer).__name__} is no linear layer; that is not "
+                "read yet"
+            )
+        bias: Tensor | None = layer.bias
         if bias is not None and bias.is_meta:  # its tensor comes later in the file
             bias = torch.zeros(layer.out_features)
         kind = QuantHead if layer is self.model.get_output_embeddings() else QuantLinear
         self.model.set_submodule(layer_name, kind(weight, bias))
 
     def finish(self) -> transformers.PreTrainedModel:
-        """Check that nothing is missing; return the model ready for inference."""
-        missing = [name for name, tensor in self.model.state_dict().items() if tensor.is_meta]
-        if missing:
-            raise FewbitsError(
-                f"{self.source.path}: {len(missing)} tensors of the model are not in the checkpoint, such as "
-                f"{missing[0]}; download it again"
-            )
+        """Warn of tensors without a place; return the model ready for inference."""
         if self.unexpected:
             warnings.warn(
                 f"{self.source.path}: {len(self.unexpected)} tensors have no place in {type(self.model).__name__} and "
@@ -73,10 +101,3 @@ class Filler:
         if generation_config is not None:
             self.model.generation_config = generation_config
         return self.model.eval().requires_grad_(False)
-
-    def _check_shape(self, name: str, wanted: tuple[int, ...], found: tuple[int, ...]) -> None:
-        if wanted != found:
-            raise FewbitsError(
-                f"{self.source.path}: {name} has shape {list(found)}, the configuration wants {list(wanted)}; "
-                "config.json and the weights are not of the same model"
-            )

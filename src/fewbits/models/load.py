@@ -15,7 +15,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from fewbits.errors import FewbitsError
-from fewbits.models.fill import Filler
+from fewbits.models.fill import Filler, check_tensors
 from fewbits.models.layouts import compressed_tensors
 from fewbits.models.layouts.compressed_tensors import is_scale, scale_name
 from fewbits.models.linear import keep_compute_dtype
@@ -90,9 +90,23 @@ class AutoTokenizer:
 
 
 def empty_model(config: transformers.PreTrainedConfig, dtype: torch.dtype) -> transformers.PreTrainedModel:
-    """Build a causal language model with parameters of ``dtype`` that take no memory (buffers do)."""
-    with init_empty_weights(include_buffers=False):
-        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    """Build a causal language model with parameters of ``dtype`` that take no memory (buffers do).
+
+    Raises:
+        FewbitsError: If the configuration is not one of a causal language model that transformers knows and can build.
+    """
+    name = config.name_or_path or config.model_type
+    if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise FewbitsError(
+            f"{name}: transformers has no causal language model of type {config.model_type!r}; give a model that "
+            "writes text"
+        )
+    try:
+        with init_empty_weights(include_buffers=False):
+            return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except Exception as error:  # transformers checks sizes with whatever exception comes
+        message = " ".join(str(error).split())
+        raise FewbitsError(f"{name}: transformers cannot build the model: {message}; repair config.json") from error
 
 
 def stored_precision(source: Source) -> Precision | None:
@@ -130,6 +144,7 @@ def _load_cast(
         source, sum(torch.Size(t.shape).numel() for t in source.tensors.values()) * dtype.itemsize
     )
     model = empty_model(source.config, dtype)
+    check_tensors(model, {name: tensor.shape for name, tensor in source.tensors.items()}, source.path)
     filler = Filler(model, source)
     for name, tensor in _stream(source, progress):
         filler.fill(name, tensor.to(dtype))
@@ -140,10 +155,14 @@ def _load_cast(
 def _load_quantized(
     source: Source, precision: Precision, dtype: torch.dtype, progress: Progress | None
 ) -> transformers.PreTrainedModel:
-    """Fill a model with quantized layers; those that are stored as plain values are quantized on the way."""
+    """Fill a model with quantized layers; those that are stored as plain values are quantized on the way.
+
+    What is not quantized is rounded to the model's nominal dtype, as in a converted folder: both give the same model.
+    """
     kept = nominal_dtype(source)
     model = empty_model(source.config, dtype)
     shapes = {name: tensor.shape for name, tensor in source.tensors.items() if not is_scale(name, source.tensors)}
+    check_tensors(model, shapes, source.path)
     if stored_precision(source) is None:
         manifest = make_manifest(model, shapes, precision, dtype=kept)
         quantized = {row.tensor for row in manifest if row.reason is None}
@@ -160,14 +179,14 @@ def _load_quantized(
             # The table stays in 16 bits. A tied head has the same numbers, but a decode step reads all of it.
             filler.fill(name, tensor.to(kept))
             keep_compute_dtype(model.get_input_embeddings(), dtype)
-            if head is not None and head not in source.tensors:
+            if head is not None and head not in source.tensors:  # tied
                 filler.quantize(head, tensor.to(kept), kept)
         elif scale_name(name) in source.tensors:
             filler.place(name, QuantizedTensor(tensor, source.read(scale_name(name))))
         elif name in quantized or name == head:
-            filler.quantize(name, tensor, kept)
+            filler.quantize(name, tensor.to(kept) if name == head else tensor, kept)
         elif not is_scale(name, source.tensors):
-            filler.fill(name, tensor.to(dtype))
+            filler.fill(name, tensor.to(kept).to(dtype))
     return filler.finish()
 
 

@@ -55,10 +55,10 @@ def make_manifest(
         keep: Patterns of module names (``*`` matches anything) that stay in ``dtype``.
 
     Raises:
-        FewbitsError: If a pattern matches no module, or nothing at all would be quantized.
+        FewbitsError: If a pattern matches no linear layer, or nothing at all would be quantized.
     """
     modules = dict(model.named_modules())
-    _check_patterns(keep, modules)
+    _check_patterns(keep, [name for name, module in modules.items() if isinstance(module, nn.Linear)])
     head = model.get_output_embeddings()
     rows = []
     for tensor, shape in shapes.items():
@@ -79,11 +79,11 @@ def make_manifest(
     return rows
 
 
-def _check_patterns(keep: Iterable[str], modules: dict[str, nn.Module]) -> None:
+def _check_patterns(keep: Iterable[str], linears: Sequence[str]) -> None:
     for pattern in keep:
-        if not any(fnmatchcase(name, pattern) for name in modules):
-            some = ", ".join([name for name, module in modules.items() if isinstance(module, nn.Linear)][:3])
-            raise FewbitsError(f"keep: the pattern {pattern!r} matches no module; names look like {some}")
+        if not any(fnmatchcase(name, pattern) for name in linears):
+            some = ", ".join(linears[:3])
+            raise FewbitsError(f"keep: the pattern {pattern!r} matches no linear layer; names look like {some}")
 
 
 def _why_kept(owner: str, leaf: str, module: nn.Module | None, head: object, keep: Sequence[str]) -> str | None:

@@ -49,7 +49,7 @@ def _refuse_to_replace(out: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise FewbitsError(f"{out} exists and is not empty; give another folder, or --overwrite to replace it")
-    if not (out / MARK).exists() and not (out / "config.json").exists():
+    if not (out / MARK).exists() and not ((out / "config.json").exists() and any(out.glob("*.safetensors"))):
         raise FewbitsError(f"{out} holds no model, so --overwrite does not delete it; remove it yourself or rename")
 
 
@@ -66,12 +66,12 @@ def _swap(staging: Path, out: Path) -> None:
     """Put the new folder in the place of the old one; the old one is gone only when the new one stands."""
     old = out.parent / f".{out.name}.replaced"
     shutil.rmtree(old, ignore_errors=True)
-    if out.exists():
-        out.rename(old)
     try:
+        if out.exists():
+            out.rename(old)
         staging.rename(out)
     except BaseException:
-        if old.exists():
+        if old.exists() and not out.exists():
             old.rename(out)
         raise
     shutil.rmtree(old, ignore_errors=True)

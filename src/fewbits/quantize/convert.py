@@ -18,6 +18,7 @@ import transformers
 from torch import Tensor
 
 from fewbits.errors import FewbitsError
+from fewbits.models.fill import check_tensors
 from fewbits.models.layouts import compressed_tensors
 from fewbits.models.load import Progress, empty_model, nominal_dtype, stored_precision
 from fewbits.models.manifest import ManifestRow, make_manifest
@@ -89,7 +90,9 @@ def convert(
     dtype = TORCH_DTYPES[precision.name] if precision.cast else nominal_dtype(opened)
     model = empty_model(opened.config, dtype)
     shapes = {name: tensor.shape for name, tensor in opened.tensors.items()}
+    check_tensors(model, shapes, opened.path)
     manifest = make_manifest(model, shapes, precision, dtype=dtype, keep=keep)
+    tokenizer = opened.tokenizer()
     out = Path(out)
     nbytes = sum(row.nbytes for row in manifest)
     with staged_folder(out, overwrite=overwrite, nbytes=nbytes) as folder:
@@ -97,7 +100,7 @@ def convert(
             on_manifest(manifest)
         _write_config(opened, model, precision, dtype, manifest, folder)
         _write_tensors(opened, manifest, precision, dtype, folder / "model.safetensors", progress)
-        opened.tokenizer().save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
         mark = {"fewbits": version("fewbits"), "source": opened.path.name, "to": to, "layout": layout}
         rows = [asdict(row) for row in manifest]
         (folder / MARK).write_text(json.dumps({**mark, "nbytes": nbytes, "manifest": rows}, indent=1) + "\n")
