@@ -128,7 +128,7 @@ def test_block_formats_see_a_block_of_one():
     shown = run("show", "0.1", "--in", "mxfp4")
     assert "0.015625  0x79 in e8m0fnu" in shown
     assert "saturated at 0.09375" in shown
-    assert "NaN  0xFF in e8m0fnu" in run("show", "inf", "--in", "mxfp4")
+    assert "nan  0xFF in e8m0fnu" in run("show", "inf", "--in", "mxfp4")
 
 
 def test_json(tmp_path):

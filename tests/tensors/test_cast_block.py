@@ -139,3 +139,24 @@ def test_equals_gfloat(name, theirs):
     x = torch.randn(8, 32, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     quantized = [gfloat.quantize_block(info, row, gfloat.compute_scale_amax) for row in x.numpy()]
     assert torch.equal(fewbits.round_to(x, name), torch.from_numpy(np.stack(quantized)))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        (
+            "mxfp4",
+            {"scales": torch.zeros(2, 3, dtype=torch.uint8)},
+            r"\(2, 3\) do not fit codes of shape \(2, 40\); .*\(2, 2\)",
+        ),
+        ("mxfp4", {"codes": torch.full((2, 40), 16)}, "code 16 is out of range: mxfp4 has codes 0 to 15"),
+        ("mxfp4", {"scales": torch.full((2, 2), 256)}, "code 256 is out of range: e8m0fnu has codes 0 to 255"),
+        ("mxfp4", {"tensor_scale": torch.ones(())}, "the format has no tensor_scale; take what encode returned"),
+        ("nvfp4", {"tensor_scale": None}, "the format needs tensor_scale; take what encode returned"),
+        ("mxfp4", {"codes": torch.zeros(2, 0, dtype=torch.uint8)}, "a block needs a last dimension of 1 or more"),
+    ],
+)
+def test_codes_that_do_not_belong_together(name, change, message):
+    blocks = fewbits.encode(torch.ones(2, 40), name)._replace(**change)
+    with pytest.raises(fewbits.FewbitsError, match=message):
+        fewbits.decode(blocks, name)

@@ -11,11 +11,11 @@ from fewbits.formats.codebooks import normal_float
 from fewbits.formats.format import Block, Format, Kind, Specials
 
 _IEEE_754 = "IEEE 754-2019, section 3.6, table 3.5"
-_OFP8 = "OCP OFP8 1.0, section 5; arXiv 2209.05433, table 1"
-_FNUZ = "arXiv 2206.02915, section 3; LLVM APFloat"
+_OFP8 = "OCP OFP8 1.0; arXiv 2209.05433, table 1"
+_FNUZ = "arXiv 2206.02915; LLVM APFloat"
 _LLVM = "LLVM APFloat, IEEE-like: IEEE 754-2019, section 3.4, at this width"
 _P3109 = "IEEE P3109 interim report 4 (a draft), signed extended formats"
-_MX = "OCP MX 1.0, section 5.3, table 1 (elements); section 6.3 (conversion)"
+_MX = "OCP MX 1.0, sections 5.3 (elements) and 6.3 (conversion)"
 _TWOS = "two's complement; ISO C23, section 6.2.6.2"
 
 
@@ -60,7 +60,7 @@ _TF32 = _float("tf32", "1/8/10", 127, Specials.IEEE, "how NVIDIA tensor cores re
 _FP16 = _float("fp16", "1/5/10", 15, Specials.IEEE, "weights and activations; training with loss scaling", _IEEE_754,
                "float16", "half", "f16", "binary16", "e5m10")  # fmt: skip
 _BF16 = _float("bf16", "1/8/7", 127, Specials.IEEE, "weights and activations; training without loss scaling",
-               "Intel bfloat16 hardware numerics definition (338302), section 2",
+               "Intel bfloat16 hardware numerics definition (338302-001)",
                "bfloat16", "bfloat", "e8m7")  # fmt: skip
 _E4M3FN = _float("e4m3fn", "1/4/3", 7, Specials.FN, "8-bit weights and activations; FP8 training, forward", _OFP8,
                  "fp8", "fp8_e4m3", "fp8_e4m3fn", "float8_e4m3fn")  # fmt: skip

@@ -74,7 +74,7 @@ def number_data(number: str, formats: Iterable[str], rounding: str = "nearest_ev
             "error": None if one.code is None else _error(value, one),
             "below": None if one.below is None else exactly(one.below),
             "above": None if one.above is None else exactly(one.above),
-            "scale": None if one.scale_code is None else exactly(one.scale),
+            "scale": _scale(one),
         }
         for one in seen
     ]
@@ -116,14 +116,20 @@ def _as_seen(value: exact.Exact, one: Seen) -> RenderableType:
         rows.add_row("bits", bits(one.code, one.fmt))
     if one.scale_code is not None and one.fmt.block is not None:
         scale_format = Format.named(one.fmt.block.scale)
-        nan = "NaN" if one.scale_code == scale_format.nan_code else exactly(one.scale)
-        rows.add_row("scale", f"{nan}  {hexadecimal(one.scale_code, scale_format)} in {scale_format}")
+        rows.add_row("scale", f"{_scale(one)}  {hexadecimal(one.scale_code, scale_format)} in {scale_format}")
     if one.code is not None:
         rows.add_row("becomes", exactly(one.became))
         rows.add_row("error", _error(value, one))
     rows.add_row("below", "none" if one.below is None else exactly(one.below))
     rows.add_row("above", "none" if one.above is None else exactly(one.above))
     return Group(head, Padding(rows, (0, 0, 0, 2)))
+
+
+def _scale(one: Seen) -> str | None:
+    """The scale of a block of one, None for the other formats."""
+    if one.scale_code is None or one.fmt.block is None:
+        return None
+    return "nan" if one.scale_code == Format.named(one.fmt.block.scale).nan_code else exactly(one.scale)
 
 
 def _error(value: exact.Exact, one: Seen) -> str:

@@ -5,6 +5,7 @@ MX (OCP MX 1.0) has a power-of-two scale to 32 values; NVFP4 an e4m3fn scale to 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -58,10 +59,8 @@ def to_blocks(x: Tensor, fmt: Format, how: How, rule: ScaleRule) -> tuple[BlockC
     codes = torch.empty((M, K), dtype=torch.uint8, device=x.device)
     scales = torch.empty((M, count), dtype=torch.uint8, device=x.device)
     over = torch.empty((M, K), dtype=torch.bool, device=x.device)
-    rows = max(CHUNK // K, 1) if x.device.type == "cpu" else max(M, 1)
     encoded = _mx if tensor_scale is None else _nvfp4
-    for start in range(0, M, rows):
-        part = slice(start, min(start + rows, M))
+    for part in _row_chunks(flat):
         blocks = _in_blocks(flat[part].to(torch.float64), size)  # (rows, count, B)
         words = None
         if how.seed is not None:
@@ -97,12 +96,25 @@ def from_blocks(blocks: BlockCodes, fmt: Format, dtype: torch.dtype) -> Tensor:
         (..., K) of `dtype`.
     """
     assert fmt.block is not None
-    values = to_values(blocks.codes, fmt.element, torch.float64)
-    scales = to_values(blocks.scales, _scale_format(fmt), torch.float64)
-    values = values * scales.repeat_interleave(fmt.block.size, dim=-1)[..., : values.shape[-1]]
-    if blocks.tensor_scale is not None:
-        values = values * blocks.tensor_scale.to(torch.float64)
-    return to_dtype(values, dtype)
+    K = blocks.codes.shape[-1]
+    codes, scales = blocks.codes.reshape(-1, K), blocks.scales.reshape(-1, blocks.scales.shape[-1])
+    values = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+    for part in _row_chunks(codes):
+        element = to_values(codes[part], fmt.element, torch.float64)
+        scale = to_values(scales[part], _scale_format(fmt), torch.float64)
+        scaled = element * scale.repeat_interleave(fmt.block.size, dim=-1)[:, :K]
+        if blocks.tensor_scale is not None:
+            scaled *= blocks.tensor_scale.to(torch.float64)
+        values[part] = to_dtype(scaled, dtype)
+    return values.reshape(blocks.codes.shape)
+
+
+def _row_chunks(flat: Tensor) -> Iterator[slice]:
+    """Slices of whole rows of (M, K) that together make about a chunk."""
+    M, K = flat.shape
+    rows = max(CHUNK // K, 1) if flat.device.type == "cpu" else max(M, 1)
+    for start in range(0, M, rows):
+        yield slice(start, min(start + rows, M))
 
 
 _Encoded = tuple[Tensor, Tensor, Tensor]  # codes, which saturated, scale codes

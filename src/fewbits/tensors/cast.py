@@ -103,7 +103,7 @@ def decode(codes: Tensor | BlockCodes, fmt: str | Format, dtype: torch.dtype = t
 
     Raises:
         FewbitsError: a code is out of the format's range, the dtype is not one of the four, unknown format, or
-            plain codes for a block format (or the reverse).
+            plain codes for a block format (or the reverse), scales that do not fit the codes.
     """
     fmt = Format.named(fmt)
     if dtype not in _FLOATS:
@@ -112,7 +112,7 @@ def decode(codes: Tensor | BlockCodes, fmt: str | Format, dtype: torch.dtype = t
         needed = "the BlockCodes that encode returns" if fmt.block else "a tensor of codes"
         raise FewbitsError(f"decode from {fmt.name} takes {needed}, not {type(codes).__name__}")
     if isinstance(codes, BlockCodes):
-        _check_codes(codes.codes, fmt.element)
+        _check_blocks(codes, fmt)
         return from_blocks(codes, fmt, dtype)
     _check_codes(codes, fmt)
     flat = codes.reshape(-1)
@@ -222,6 +222,24 @@ def _check_values(x: Tensor, fmt: Format) -> None:
         raise FewbitsError(
             f"cast to {fmt.name} of shape {tuple(x.shape)}: a block needs a last dimension of 1 or more; reshape it"
         )
+
+
+def _check_blocks(blocks: BlockCodes, fmt: Format) -> None:
+    assert fmt.block is not None
+    _check_codes(blocks.codes, fmt.element)
+    _check_codes(blocks.scales, Format.named(fmt.block.scale))
+    shape = tuple(blocks.codes.shape)
+    if not shape or shape[-1] == 0:
+        raise FewbitsError(f"decode from {fmt.name} of shape {shape}: a block needs a last dimension of 1 or more")
+    expected = (*shape[:-1], -(-shape[-1] // fmt.block.size))
+    if tuple(blocks.scales.shape) != expected:
+        raise FewbitsError(
+            f"decode from {fmt.name}: scales of shape {tuple(blocks.scales.shape)} do not fit codes of shape {shape}; "
+            f"they need {expected}, one for each {fmt.block.size} codes"
+        )
+    if (blocks.tensor_scale is None) != (fmt.block.tensor_scale is None):
+        needs = "needs" if fmt.block.tensor_scale else "has no"
+        raise FewbitsError(f"decode from {fmt.name}: the format {needs} tensor_scale; take what encode returned")
 
 
 def _check_codes(codes: Tensor, fmt: Format) -> None:
