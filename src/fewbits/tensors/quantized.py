@@ -50,16 +50,22 @@ def quantize_per_channel(weight: Tensor, *, scale_dtype: torch.dtype = torch.flo
         scale_dtype: float32, bfloat16 or float16.
 
     Raises:
-        FewbitsError: If the weight holds NaN or Inf, or is not a matrix.
+        FewbitsError: If the weight holds NaN or Inf, a scale is beyond ``scale_dtype``, or it is not a matrix.
     """
-    if weight.ndim != 2:
-        raise FewbitsError(f"weight: [N, K] is needed, got {list(weight.shape)}; reshape it")
+    if weight.ndim != 2 or weight.shape[1] == 0:
+        raise FewbitsError(f"weight: [N, K] with K > 0 is needed, got {list(weight.shape)}; reshape it")
     weight = weight.float()
     amax = weight.abs().amax(1, keepdim=True)
     if not amax.isfinite().all():
         channel = int((~amax.isfinite()).nonzero()[0, 0])
         raise FewbitsError(f"weight: NaN or Inf in output channel {channel}; repair the checkpoint or keep the layer")
     scales = _round_up(amax / LARGEST_CODE, scale_dtype)
+    if not scales.isfinite().all():
+        channel = int((~scales.isfinite()).nonzero()[0, 0])
+        raise FewbitsError(
+            f"weight: output channel {channel} needs the scale {amax[channel, 0] / LARGEST_CODE:.6g}, and the largest "
+            f"{scale_dtype} is {torch.finfo(scale_dtype).max:.6g}; keep the layer or cast the model to bf16 first"
+        )
     codes = torch.round(weight / scales.float()).clamp_(-LARGEST_CODE, LARGEST_CODE).to(torch.int8)
     return QuantizedTensor(codes, scales)
 
