@@ -12,6 +12,7 @@ from fewbits.errors import FewbitsError
 from fewbits.measure.compare import Comparison, compare
 from fewbits.measure.quality import compare_models
 from fewbits.measure.text import token_windows
+from fewbits.quantize.convert import convert
 
 TinyLlama = Callable[..., Any]
 SMALL = {"windows": 2, "window_tokens": 32, "new_tokens": 2}
@@ -125,7 +126,6 @@ def test_a_cast_keeps_the_frequencies_of_the_rotary_embedding(tiny_llama: TinyLl
 
 
 def test_a_converted_folder_is_a_candidate(tiny_folder: Path, tmp_path: Path) -> None:
-    convert = pytest.importorskip("fewbits.quantize.convert").convert
     convert(tiny_folder, tmp_path / "tiny-int8", to="int8")
     comparison = compare(tiny_folder, [tmp_path / "tiny-int8"], **SMALL)
     row = comparison.rows[-1]
