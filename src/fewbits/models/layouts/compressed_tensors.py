@@ -89,16 +89,25 @@ def stored_precision(config: dict[str, Any], path: object) -> Precision:
     method = config.get("quant_method")
     if method != QUANT_METHOD:
         raise FewbitsError(f"{path}: quant_method {method!r} cannot be read; {QUANT_METHOD!r} can")
-    groups = list((config.get("config_groups") or {}).values())
-    if len(groups) == 1:
-        weights, activations = groups[0].get("weights"), groups[0].get("input_activations")
-        if _says(weights, _WEIGHTS) and _says(activations, _ACTIVATIONS):
-            return PRECISIONS["int8"]
+    group = _only_group(config)
+    if _says(group.get("weights"), _WEIGHTS) and _says(group.get("input_activations"), _ACTIVATIONS):
+        return PRECISIONS["int8"]
     raise FewbitsError(
         f"{path}: this {QUANT_METHOD} scheme ({config.get('format')!r}) cannot be read; int-quantized, 8-bit symmetric "
         "weights per channel with dynamic activations per token, can"
     )
 
 
-def _says(found: dict[str, Any] | None, wanted: dict[str, Any]) -> bool:
-    return found is not None and all(found.get(key, _DEFAULTS.get(key)) == value for key, value in wanted.items())
+def _only_group(config: dict[str, Any]) -> dict[str, Any]:
+    """The scheme if it is the only one and nothing else changes what the tensors mean, else nothing."""
+    match config:
+        case {"config_groups": {**groups}, "format": "int-quantized"} if len(groups) == 1:
+            group = next(iter(groups.values()))
+            sparse = (config.get("sparsity_config") or {}).get("format", "dense") != "dense"
+            beside = sparse or any(config.get(key) for key in ("kv_cache_scheme", "transform_config"))
+            return group if isinstance(group, dict) and not beside and not group.get("output_activations") else {}
+    return {}
+
+
+def _says(found: Any, wanted: dict[str, Any]) -> bool:
+    return isinstance(found, dict) and all(found.get(key, _DEFAULTS.get(key)) == value for key, value in wanted.items())
