@@ -20,7 +20,7 @@ from fewbits.models.layouts import compressed_tensors
 from fewbits.models.layouts.compressed_tensors import is_scale, scale_name
 from fewbits.models.linear import keep_compute_dtype
 from fewbits.models.manifest import make_manifest
-from fewbits.models.precision import TORCH_DTYPES, Precision, precision_named
+from fewbits.models.precision import TORCH_DTYPES, Precision, cast_weight, precision_named
 from fewbits.models.source import Source, open_source
 from fewbits.tensors.quantized import QuantizedTensor
 
@@ -147,7 +147,7 @@ def _load_cast(
     check_tensors(model, {name: tensor.shape for name, tensor in source.tensors.items()}, source.path)
     filler = Filler(model, source)
     for name, tensor in _stream(source, progress):
-        filler.fill(name, tensor.to(dtype))
+        filler.fill(name, cast_weight(name, tensor, dtype))
     model.tie_weights()
     return filler.finish()
 
@@ -177,16 +177,17 @@ def _load_quantized(
     for name, tensor in _stream(source, progress):
         if name == embedding:
             # The table stays in 16 bits. A tied head has the same numbers, but a decode step reads all of it.
-            filler.fill(name, tensor.to(kept))
+            table = cast_weight(name, tensor, kept)
+            filler.fill(name, table)
             keep_compute_dtype(model.get_input_embeddings(), dtype)
             if head is not None and head not in source.tensors:  # tied
-                filler.quantize(head, tensor.to(kept), kept)
+                filler.quantize(head, table, kept)
         elif scale_name(name) in source.tensors:
             filler.place(name, QuantizedTensor(tensor, source.read(scale_name(name))))
         elif name in quantized or name == head:
-            filler.quantize(name, tensor.to(kept) if name == head else tensor, kept)
+            filler.quantize(name, cast_weight(name, tensor, kept) if name == head else tensor, kept)
         elif not is_scale(name, source.tensors):
-            filler.fill(name, tensor.to(kept).to(dtype))
+            filler.fill(name, cast_weight(name, tensor, kept).to(dtype))
     return filler.finish()
 
 

@@ -6,6 +6,7 @@ import difflib
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from fewbits.errors import FewbitsError
 from fewbits.formats import Format
@@ -45,6 +46,23 @@ PRECISIONS = {
 }
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def cast_weight(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a weight in another dtype, rounded to nearest even; NaN and Inf stay what they are.
+
+    Raises:
+        FewbitsError: If a finite value is beyond the dtype's largest number.
+    """
+    cast = weight.to(dtype)
+    beyond = cast.isinf()
+    if beyond.any() and (beyond & ~weight.isinf()).any():
+        format_name = next(known for known, its in TORCH_DTYPES.items() if its == dtype)
+        raise FewbitsError(
+            f"{name}: {weight[beyond & ~weight.isinf()][0].item():.6g} is beyond {format_name}, whose largest number "
+            f"is {torch.finfo(dtype).max:.6g}; use bf16 or fp32"
+        )
+    return cast
 
 
 def precision_named(name: str) -> Precision:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,14 +38,19 @@ def staged_folder(out: Path, *, overwrite: bool, nbytes: int) -> Iterator[Path]:
     try:
         yield staging
         _swap(staging, out)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(staging, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno and error.filename is None:  # a full disk names none
+            error.filename = os.fspath(out)
         raise
 
 
 def _refuse_to_replace(out: Path, overwrite: bool) -> None:
+    if out.name in ("", ".."):
+        raise FewbitsError(f"{out} is no name for a new folder; give one, such as {out / 'model'}")
     if out.is_file() or out.is_symlink():
-        raise FewbitsError(f"{out} is a file; the output is a folder, so give another name")
+        kind = "link" if out.is_symlink() else "file"
+        raise FewbitsError(f"{out} is a {kind}; the output is a folder, so give another name")
     if not out.exists() or not any(out.iterdir()):
         return
     if not overwrite:

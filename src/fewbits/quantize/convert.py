@@ -22,7 +22,7 @@ from fewbits.models.fill import check_tensors
 from fewbits.models.layouts import compressed_tensors
 from fewbits.models.load import Progress, empty_model, nominal_dtype, stored_precision
 from fewbits.models.manifest import ManifestRow, make_manifest
-from fewbits.models.precision import TORCH_DTYPES, Precision, precision_named
+from fewbits.models.precision import TORCH_DTYPES, Precision, cast_weight, precision_named
 from fewbits.models.safetensors_writer import SafetensorsWriter
 from fewbits.models.source import Source, open_source
 from fewbits.models.staging import MARK, staged_folder
@@ -75,7 +75,7 @@ def convert(
 
     Raises:
         FewbitsError: If the source cannot be read or is quantized already, a name or pattern is unknown, a weight
-            holds NaN or Inf, or ``out`` is not free.
+            holds NaN or Inf or a value beyond the new format, or ``out`` is not free.
         OSError: If the output cannot be written. Nothing is left behind then.
     """
     precision = precision_named(to)
@@ -147,7 +147,7 @@ def _write_tensors(
         for row in manifest:
             tensor = source.read(row.tensor)
             if precision.cast or row.reason is not None:
-                writer.write(row.tensor, tensor.to(dtype))
+                writer.write(row.tensor, cast_weight(row.tensor, tensor, dtype))
             else:
                 _write_quantized(writer, row.tensor, tensor, dtype)
             done += row.nbytes
