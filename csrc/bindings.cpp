@@ -1,5 +1,6 @@
 // Python sees addresses and sizes only; shapes and dtypes are checked in fewbits/kernels/ops.py.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/pair.h>
 
 #include "drive.hpp"
 #include "parallel.hpp"
@@ -32,5 +33,41 @@ NB_MODULE(_native, m) {
                               at<const float>(channel_scales), at<const float>(bias), at<float>(out), M, N, K, nullptr},
                              threads);
       },
+      nb::call_guard<nb::gil_scoped_release>());
+
+  using fewbits::Codec;
+  using fewbits::Rounder;
+  nb::class_<Codec>(m, "Codec").def("__init__", [](Codec* self, nb::kwargs fields) {
+    auto number = [&](const char* name) { return nb::cast<int32_t>(fields[name]); };
+    new (self) Codec{number("sign"),           number("bits"),         number("mantissa_bits"), number("emin"),
+                     number("has_subnormals"), number("max_code"),     number("max_negative"),  number("inf_code"),
+                     number("nan_code"),       number("nan_above"),    number("nan_exactly"),   number("signed_from"),
+                     number("never_signed"),   number("negative_code")};
+  });
+  nb::class_<Rounder>(m, "Rounder")
+      .def("__init__", [](Rounder* self, const Codec& codec, int32_t rounding, std::pair<int32_t, int32_t> over,
+                          std::pair<int32_t, int32_t> inf, uint64_t key) {
+        new (self) Rounder{codec, rounding, {over.first, over.second}, {inf.first, inf.second}, key};
+      });
+
+  m.def(
+      "encode",
+      [](uintptr_t x, const Codec* source, int64_t count, const Rounder& rounder, uintptr_t codes, int threads) {
+        fewbits::encode(at<const void>(x), source, count, rounder, at<void>(codes), threads);
+      },
+      "x"_a, "source"_a.none(), "count"_a, "rounder"_a, "codes"_a, "threads"_a,
+      nb::call_guard<nb::gil_scoped_release>());
+  m.def(
+      "decode",
+      [](uintptr_t codes, const Codec& codec, int64_t count, const Rounder* narrow, uintptr_t out, int threads) {
+        fewbits::decode(at<const void>(codes), codec, count, narrow, at<void>(out), threads);
+      },
+      "codes"_a, "codec"_a, "count"_a, "narrow"_a.none(), "out"_a, "threads"_a,
+      nb::call_guard<nb::gil_scoped_release>());
+  m.def(
+      "round",
+      [](uintptr_t x, const Codec* source, int64_t count, const Rounder& rounder, const Rounder* narrow, uintptr_t out,
+         int threads) { fewbits::round(at<const void>(x), source, count, rounder, narrow, at<void>(out), threads); },
+      "x"_a, "source"_a.none(), "count"_a, "rounder"_a, "narrow"_a.none(), "out"_a, "threads"_a,
       nb::call_guard<nb::gil_scoped_release>());
 }

@@ -8,4 +8,10 @@ namespace fewbits {
 void quantize_per_token(const float* x, int64_t M, int64_t K, int8_t* codes, float* scales, int threads);
 void int8_matmul(Int8Matmul job, int threads);  // job.tiles is allocated here
 
+// x is float32, or 16-bit floats of the format `source`; results are float32, or narrowed to 16 bits by `narrow`.
+void encode(const void* x, const Codec* source, int64_t count, const Rounder& rounder, void* codes, int threads);
+void decode(const void* codes, const Codec& codec, int64_t count, const Rounder* narrow, void* out, int threads);
+void round(const void* x, const Codec* source, int64_t count, const Rounder& rounder, const Rounder* narrow, void* out,
+           int threads);
+
 }  // namespace fewbits

@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "cast_job.hpp"
+
 namespace fewbits {
 
 // Packed int8 weights. A panel holds kChannels output channels; the last one is padded with zeros.
@@ -49,6 +51,10 @@ struct Kernels {
   void (*int8_pack_rows)(const Int8Matmul& job, int64_t begin, int64_t end);
   // Output tiles [begin, end), counted panel by panel, row tile by row tile.
   void (*int8_matmul)(const Int8Matmul& job, int64_t begin, int64_t end);
+  // float32 -> codes, position of the first one in its tensor; codes -> float32; memcpy past the caches.
+  void (*encode_floats)(const float* x, int64_t count, void* codes, const Rounder& rounder, uint64_t position);
+  void (*decode_codes)(const void* codes, int64_t count, float* out, const Codec& codec);
+  void (*stream_out)(void* to, const void* from, int64_t bytes);
 };
 
 extern const Kernels kScalar;

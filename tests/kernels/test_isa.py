@@ -1,4 +1,4 @@
-"""Every instruction set in turn, forced in a process of its own, through all the tests of the ops."""
+"""Every instruction set in turn, forced in a process of its own, through all the tests of the kernels."""
 
 import os
 import subprocess
@@ -22,7 +22,15 @@ def test_ops_with_a_forced_instruction_set(isa: str) -> None:
     if "this CPU does not have it" in shown.stderr or "not one of scalar" in shown.stderr:
         pytest.skip(f"this machine has no {isa}")
     assert shown.stdout.strip() == isa
-    tests = run(isa, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "test_ops.py"))
+    tests = run(
+        isa,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        *(str(HERE / name) for name in ("test_ops.py", "test_cast.py")),
+    )
     assert tests.returncode == 0, tests.stdout
     assert " passed" in tests.stdout
 

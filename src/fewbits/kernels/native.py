@@ -58,6 +58,11 @@ def status() -> Status:
         raise FewbitsError(str(error)) from None
 
 
+def module() -> Any:
+    """The compiled module; only where ``status().loaded``."""
+    return _native
+
+
 def quantize_per_token(out: tuple[Tensor, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
     """Fill ``out`` (codes, scales), contiguous, of the right shapes; see ``ops.quantize_per_token``."""
     codes, scales = out

@@ -1,4 +1,6 @@
-"""Casts: `round_to`, `encode` and `decode` for every format, in plain PyTorch. A compiled kernel may only be faster.
+"""Casts: `round_to`, `encode` and `decode` for every format.
+
+Their meaning is `fewbits.tensors.codes`, in plain PyTorch. Compiled kernels run where there are some, bit-equal.
 
 All of them round once, whatever the input dtype. What every cast does with the special numbers:
 
@@ -23,9 +25,10 @@ from torch import Tensor
 
 from fewbits.errors import FewbitsError
 from fewbits.formats import Format, Overflow, Rounding, ScaleRule
+from fewbits.kernels import cast as kernels
 from fewbits.tensors.block import BlockCodes, from_blocks, to_blocks
 from fewbits.tensors.codes import CHUNK, How, to_codes, to_values
-from fewbits.tensors.random import check_seed, positions_of, random_words
+from fewbits.tensors.random import check_seed, key_of, positions_of, random_words
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -39,6 +42,7 @@ def round_to(
     seed: int | None = None,
     scale_rule: str | None = None,
     clip_gradient: bool = True,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Replace each value by the one that the format has for it; `decode(encode(x))` in the dtype of `x`.
 
@@ -55,6 +59,7 @@ def round_to(
             its row-major position alone.
         scale_rule: of a block format, a name in `fewbits.formats.ScaleRule`; None is floor for MX, two_level for NVFP4.
         clip_gradient: whether the gradient is zero where the value overflowed or saturated, Inf included.
+        out: filled and returned; contiguous, the shape and dtype of `x`, which must need no gradient.
 
     Returns:
         The shape and dtype of `x`. A value that the format holds and the dtype does not (bf16 from a float16 tensor,
@@ -66,8 +71,13 @@ def round_to(
     """
     fmt, how, rule = _choices(x, fmt, rounding, overflow, seed, scale_rule)
     if x.requires_grad and torch.is_grad_enabled():
+        if out is not None:
+            raise FewbitsError("out: x needs a gradient, which out cannot carry; leave out=None or pass x.detach()")
         return cast(Tensor, _StraightThrough.apply(x, fmt, how, rule, clip_gradient))  # type: ignore[no-untyped-call]
-    return _rounded(x, fmt, how, rule)[0]
+    out = _place(out, x, x.dtype)
+    if rule is None and kernels.round_to(x, fmt, how.rounding, how.overflow, _key(how), out) is not None:
+        return out
+    return out.copy_(_rounded_and_over(x, fmt, how, rule)[0])
 
 
 def encode(
@@ -78,8 +88,11 @@ def encode(
     *,
     seed: int | None = None,
     scale_rule: str | None = None,
+    out: Tensor | None = None,
 ) -> Tensor | BlockCodes:
     """The code of each value. Arguments and errors are those of `round_to`; there is no gradient.
+
+    `out`, if given, is filled and returned: contiguous, the shape of `x`, the dtype of the codes; not for blocks.
 
     Returns:
         The shape of `x`, one code per element in the smallest unsigned dtype: uint8 to 8 bits, uint16 to 16, uint32
@@ -87,16 +100,30 @@ def encode(
     """
     fmt, how, rule = _choices(x, fmt, rounding, overflow, seed, scale_rule)
     x = x.detach()
-    return to_blocks(x, fmt, how, rule)[0] if rule else _encoded(x, fmt, how)
+    if rule:
+        if out is not None:
+            raise FewbitsError(f"out: {fmt.name} has codes and scales, which one tensor cannot hold; leave out=None")
+        return to_blocks(x, fmt, how, rule)[0]
+    out = _place(out, x, _code_dtype(fmt))
+    if kernels.encode(x, fmt, how.rounding, how.overflow, _key(how), out) is None:
+        _encode_into(out, x, fmt, how)
+    return out
 
 
-def decode(codes: Tensor | BlockCodes, fmt: str | Format, dtype: torch.dtype = torch.float32) -> Tensor:
+def decode(
+    codes: Tensor | BlockCodes,
+    fmt: str | Format,
+    dtype: torch.dtype = torch.float32,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
     """The number that each code means.
 
     Args:
         codes: integers of any dtype; of a block format, what `encode` returned.
         fmt: a format or its name.
         dtype: float64, float32, bfloat16 or float16; values that it does not hold are rounded to nearest even, once.
+        out: filled and returned; contiguous, the shape of `codes`, of `dtype`.
 
     Returns:
         The shape of `codes`, of `dtype`. NaN codes become NaN, Inf codes Inf, -0 codes -0.
@@ -113,13 +140,15 @@ def decode(codes: Tensor | BlockCodes, fmt: str | Format, dtype: torch.dtype = t
         raise FewbitsError(f"decode from {fmt.name} takes {needed}, not {type(codes).__name__}")
     if isinstance(codes, BlockCodes):
         _check_blocks(codes, fmt)
-        return from_blocks(codes, fmt, dtype)
+        values = from_blocks(codes, fmt, dtype)
+        return values if out is None else _place(out, values, dtype).copy_(values)
     _check_codes(codes, fmt)
-    flat = codes.reshape(-1)
-    values = torch.empty(flat.shape, dtype=dtype, device=codes.device)
-    for part in _chunks(flat):
-        values[part] = to_values(flat[part], fmt, dtype)
-    return values.reshape(codes.shape)
+    out = _place(out, codes, dtype)
+    if kernels.decode(codes, fmt, out) is None:
+        flat, values = codes.reshape(-1), out.view(-1)
+        for part in _chunks(flat):
+            values[part] = to_values(flat[part], fmt, dtype)
+    return out
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -127,9 +156,10 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, fmt: Format, how: How, rule: ScaleRule | None, clip_gradient: bool) -> Tensor:
-        rounded, over = _rounded(x, fmt, how, rule)
-        if clip_gradient:
-            ctx.save_for_backward(over)
+        if not clip_gradient:
+            return round_to(x, fmt, how.rounding, how.overflow, seed=how.seed, scale_rule=rule)
+        rounded, over = _rounded_and_over(x, fmt, how, rule)
+        ctx.save_for_backward(over)
         return rounded
 
     @staticmethod
@@ -140,7 +170,7 @@ class _StraightThrough(torch.autograd.Function):
         return gradient, None, None, None, None
 
 
-def _rounded(x: Tensor, fmt: Format, how: How, rule: ScaleRule | None) -> tuple[Tensor, Tensor]:
+def _rounded_and_over(x: Tensor, fmt: Format, how: How, rule: ScaleRule | None) -> tuple[Tensor, Tensor]:
     """The rounded values and which of them overflowed."""
     if rule:
         blocks, over = to_blocks(x, fmt, how, rule)
@@ -152,13 +182,26 @@ def _rounded(x: Tensor, fmt: Format, how: How, rule: ScaleRule | None) -> tuple[
     return rounded.reshape(x.shape), over.reshape(x.shape)
 
 
-def _encoded(x: Tensor, fmt: Format, how: How) -> Tensor:
-    """The codes in their own dtype."""
-    codes = torch.empty(x.numel(), dtype=_code_dtype(fmt), device=x.device)
-    signed = codes.view(_SIGNED[codes.dtype])  # torch computes little in unsigned dtypes; the bits are the same
+def _encode_into(codes: Tensor, x: Tensor, fmt: Format, how: How) -> None:
+    signed = codes.view(-1).view(_SIGNED[codes.dtype])  # torch computes little in unsigned dtypes; the bits are equal
     for part, chunk, _ in _in_chunks(x, fmt, how):
         signed[part] = chunk.to(signed.dtype)
-    return codes.reshape(x.shape)
+
+
+def _place(out: Tensor | None, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """Where the result goes: ``out``, checked, or a new tensor."""
+    if out is None:
+        return torch.empty(like.shape, dtype=dtype, device=like.device)
+    if out.shape != like.shape or out.dtype != dtype or out.device != like.device or not out.is_contiguous():
+        raise FewbitsError(
+            f"out: a contiguous {dtype} tensor of shape {tuple(like.shape)} on {like.device} is needed, "
+            f"got {out.dtype} {tuple(out.shape)} on {out.device}; make it with torch.empty"
+        )
+    return out
+
+
+def _key(how: How) -> int:
+    return 0 if how.seed is None else key_of(how.seed)
 
 
 def _in_chunks(x: Tensor, fmt: Format, how: How) -> Iterator[tuple[slice, Tensor, Tensor]]:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fewbits.formats import Format, Kind, Overflow, Rounding, Specials
+from fewbits.formats.overflow import overflow_codes
 from fewbits.formats.rounding import RANDOM_BITS
 
 _MANTISSA = 52
@@ -78,7 +79,7 @@ def to_codes(
     code = _round_magnitude(bits, fmt, how.rounding, negative, random, scale_exponent)
     limit = fmt.max_code + (negative & True if fmt.twos_complement and not fmt.narrow else 0)
     over = (code > limit) | is_inf
-    code = torch.where(over, _overflowed(fmt, how, negative, is_inf, limit), code)
+    code = torch.where(over, _overflowed(fmt, how, negative, is_inf), code)
     code = _with_sign(code, negative, fmt)
     return torch.where(is_nan, fmt.nan_code, code), over & ~is_nan
 
@@ -125,17 +126,10 @@ def _round_magnitude(
     return torch.where((above < 0) | (bits == 0), 0, code - (1 << fmt.mantissa_bits))
 
 
-def _overflowed(fmt: Format, how: How, negative: Tensor, is_inf: Tensor, limit: Tensor | int) -> Tensor | int:
+def _overflowed(fmt: Format, how: How, negative: Tensor, is_inf: Tensor) -> Tensor:
     """(4) The magnitude code of values beyond the range: the largest finite one, Inf or NaN."""
-    if how.overflow is Overflow.SATURATE:
-        return limit
-    infinity = fmt.nan_code if fmt.inf_code is None else fmt.inf_code
-    if how.rounding is Rounding.TOWARD_ZERO:
-        return torch.where(is_inf, infinity, limit)
-    if how.rounding in (Rounding.UP, Rounding.DOWN):
-        stops = negative if how.rounding is Rounding.UP else ~negative
-        return torch.where(stops & ~is_inf, limit, infinity)
-    return infinity
+    beyond, infinite = overflow_codes(fmt, how.rounding, how.overflow)
+    return torch.where(is_inf, torch.where(negative, *infinite[::-1]), torch.where(negative, *beyond[::-1]))
 
 
 def _with_sign(code: Tensor, negative: Tensor, fmt: Format) -> Tensor:

@@ -52,8 +52,11 @@ def quantize_per_channel(weight: Tensor, *, scale_dtype: torch.dtype = torch.flo
     Raises:
         FewbitsError: If the weight holds NaN or Inf, a scale is beyond ``scale_dtype``, or it is not a matrix.
     """
-    if weight.ndim != 2 or weight.shape[1] == 0:
-        raise FewbitsError(f"weight: [N, K] with K > 0 is needed, got {list(weight.shape)}; reshape it")
+    if weight.ndim != 2 or weight.shape[1] == 0 or not weight.is_floating_point():
+        raise FewbitsError(
+            f"weight: float [N, K] with K > 0 is needed, got {weight.dtype} {list(weight.shape)}; reshape or "
+            "dequantize it"
+        )
     weight = weight.float()
     amax = weight.abs().amax(1, keepdim=True)
     if not amax.isfinite().all():

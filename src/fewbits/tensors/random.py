@@ -31,11 +31,16 @@ def random_words(seed: int, positions: Tensor) -> Tensor:
     Raises:
         FewbitsError: the seed is out of range.
     """
-    key = _splitmix64(check_seed(seed))
+    key = key_of(seed)
     word = ((positions & _MASK) + (key & _MASK)) & _MASK
     word = _lowbias32(word)
     word ^= ((positions >> 32) * _GOLDEN + (key >> 32)) & _MASK
     return _lowbias32(word)
+
+
+def key_of(seed: int) -> int:
+    """The 64 bits that a seed stands for: the seed, mixed."""
+    return _splitmix64(check_seed(seed))
 
 
 def check_seed(seed: int) -> int:

@@ -1,0 +1,50 @@
+// A number format and a rounding as plain numbers, made from fewbits.formats in Python; no format is named in C++.
+#pragma once
+
+#include <cstdint>
+
+namespace fewbits {
+
+// Formats of at most 16 bits. A code is a sign and a magnitude code, or two's complement; a magnitude code is an
+// exponent field over a mantissa field, so that the next larger magnitude has the next larger code.
+struct Codec {
+  enum Sign : int32_t { kMagnitude, kTwosComplement, kUnsigned };
+
+  int32_t sign;            // how negative numbers are coded
+  int32_t bits;            // of a code, 2 … 16
+  int32_t mantissa_bits;   // without the implicit one
+  int32_t emin;            // exponent of the smallest normal value
+  int32_t has_subnormals;  // else exponent field 0 is an ordinary exponent, and there is no zero
+  int32_t max_code;        // magnitude code of the largest value
+  int32_t max_negative;    // the same for negative values
+  int32_t inf_code;        // magnitude code of Inf, or -1
+  int32_t nan_code;        // what a NaN becomes, sign included
+  int32_t nan_above;       // larger magnitude codes are NaN; or none is: 1 << 16
+  int32_t nan_exactly;     // the one code that is NaN, or -1
+  int32_t signed_from;     // smallest magnitude code that may be negative: 0, or 1 where there is no -0
+  int32_t never_signed;    // a magnitude code that takes no sign (the NaN that overflow gives), or -1
+  int32_t negative_code;   // unsigned formats: what negative numbers become
+
+  int32_t code_bytes() const { return bits <= 8 ? 1 : 2; }
+};
+
+enum Rounding : int32_t { kNearestEven, kNearestAway, kTowardZero, kUp, kDown, kStochastic };
+
+struct Rounder {
+  Codec codec;
+  int32_t rounding;
+  int32_t over[2];  // magnitude codes of values beyond the range: positive, negative
+  int32_t inf[2];   // and of Inf
+  uint64_t key;     // of the random words
+};
+
+// An element's random word depends on the key and its position alone: the same bits for any thread count.
+inline uint32_t mix32(uint32_t word) {  // lowbias32 by Christopher Wellons
+  word ^= word >> 16;
+  word *= 0x7FEB352Du;
+  word ^= word >> 15;
+  word *= 0x846CA68Bu;
+  return word ^ (word >> 16);
+}
+
+}  // namespace fewbits
