@@ -105,8 +105,13 @@ def test_a_scale_beyond_half_precision_is_refused() -> None:
 
 @pytest.mark.parametrize("shape", [(), (3,), (3, 0), (2, 3, 4)], ids=str)
 def test_what_is_no_matrix_is_refused(shape: tuple[int, ...]) -> None:
-    with pytest.raises(FewbitsError, match=r"\[N, K\] with K > 0 is needed"):
+    with pytest.raises(FewbitsError, match=r"float \[N, K\] with K > 0 is needed, got torch.float32 \["):
         quantize_per_channel(torch.ones(shape))
+
+
+def test_codes_are_not_quantized_again() -> None:
+    with pytest.raises(FewbitsError, match=r"is needed, got torch.int8 \[2, 3\]; reshape or dequantize it"):
+        quantize_per_channel(torch.ones(2, 3, dtype=torch.int8))
 
 
 def test_a_weight_without_channels() -> None:

@@ -168,6 +168,7 @@ def _load_quantized(
         quantized = {row.tensor for row in manifest if row.reason is None}
         _refuse_what_does_not_fit(source, sum(row.nbytes for row in manifest))
     else:
+        compressed_tensors.check_scales(source.tensors, source.path)
         quantized = {name for name in shapes if scale_name(name) in source.tensors}
         _refuse_what_does_not_fit(source, source.size)
 

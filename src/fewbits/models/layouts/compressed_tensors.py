@@ -13,13 +13,14 @@ Source: the compressed-tensors package, ``compressed_tensors/quantization/quant_
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from fewbits.errors import FewbitsError
 from fewbits.models.precision import PRECISIONS, Precision
+from fewbits.models.source import StoredTensor
 
 QUANT_METHOD = "compressed-tensors"
 _WRITTEN_AS = "0.15.0"  # the first version of the package that transformers 5 accepts
@@ -78,6 +79,25 @@ def scale_name(tensor: str) -> str:
 def is_scale(tensor: str, names: Container[str]) -> bool:
     """Whether ``tensor`` holds the scales of another one among ``names``."""
     return tensor.endswith("_scale") and tensor.removesuffix("_scale") in names
+
+
+def check_scales(tensors: Mapping[str, StoredTensor], path: object) -> None:
+    """Check that the codes of a checkpoint have scales, one per channel: without them they stand for nothing.
+
+    Raises:
+        FewbitsError: If scales are missing or have another shape.
+    """
+    for name, codes in tensors.items():
+        if codes.stored_as != "I8" or not name.endswith(".weight"):
+            continue
+        scales = tensors.get(scale_name(name))
+        if scales is None:
+            raise FewbitsError(f"{path}: {name} is int8, but {scale_name(name)} is missing; download it again")
+        if scales.shape != (codes.shape[0], 1):
+            raise FewbitsError(
+                f"{path}: {scale_name(name)} has shape {list(scales.shape)}, the codes want {[codes.shape[0], 1]}; "
+                "download it again"
+            )
 
 
 def stored_precision(config: dict[str, Any], path: object) -> Precision:
