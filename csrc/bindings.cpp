@@ -26,6 +26,13 @@ NB_MODULE(_native, m) {
       nb::call_guard<nb::gil_scoped_release>());
 
   m.def(
+      "pack_int8",
+      [](uintptr_t weight, int64_t N, int64_t K, uintptr_t packed, int threads) {
+        fewbits::pack_int8(at<const int8_t>(weight), N, K, at<int8_t>(packed), threads);
+      },
+      nb::call_guard<nb::gil_scoped_release>());
+
+  m.def(
       "int8_matmul",
       [](uintptr_t codes, uintptr_t token_scales, uintptr_t packed, uintptr_t channel_scales, uintptr_t bias,
          uintptr_t out, int64_t M, int64_t N, int64_t K, int threads) {

@@ -1,5 +1,7 @@
 #include "drive.hpp"
 
+#include <algorithm>
+#include <cstring>
 #include <memory>
 
 #include "parallel.hpp"
@@ -20,6 +22,29 @@ int useful_threads(int64_t work, int threads) {
 void quantize_per_token(const float* x, int64_t M, int64_t K, int8_t* codes, float* scales, int threads) {
   parallel_ranges(useful_threads(M * K, threads), M, [&](int64_t begin, int64_t end) {
     chosen().kernels->quantize_per_token(x, K, begin, end, codes, scales);
+  });
+}
+
+void pack_int8(const int8_t* weight, int64_t N, int64_t K, int8_t* packed, int threads) {
+  const int64_t steps = ceil_div(K, kGroup), panel_bytes = kHeaderBytes + steps * kStepBytes;
+  parallel_ranges(useful_threads(N * K, threads), ceil_div(N, kChannels), [&](int64_t begin, int64_t end) {
+    for (int64_t index = begin; index < end; ++index) {
+      int8_t* panel = packed + index * panel_bytes;
+      std::memset(panel, 0, static_cast<size_t>(panel_bytes));
+      const int64_t first = index * kChannels, channels = std::min(kChannels, N - first);
+      for (int64_t n = 0; n < channels; ++n) {
+        const int8_t* row = weight + (first + n) * K;
+        int8_t* to = panel + kHeaderBytes + n * kGroup;
+        int32_t sum = 0;
+        for (int64_t s = 0; s < steps; ++s) {
+          const int64_t present = std::min(kGroup, K - s * kGroup);
+          std::memcpy(to + s * kStepBytes, row + s * kGroup, static_cast<size_t>(present));
+        }
+        for (int64_t k = 0; k < K; ++k) sum += row[k];
+        sum *= 128;
+        std::memcpy(panel + n * static_cast<int64_t>(sizeof sum), &sum, sizeof sum);
+      }
+    }
   });
 }
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fewbits.errors import FewbitsError
 from fewbits.kernels import native, ops, reference
-from fewbits.kernels.packing import MAX_FEATURES, pack_int8, unpack_int8
+from fewbits.kernels.packing import MAX_FEATURES, pack_int8, reference_pack_int8, unpack_int8
 
 sizes = st.integers(1, 70)
 # M, K, N: odd ones, one of each, whole panels and tiles, more rows than a tile
@@ -129,6 +129,7 @@ def test_packing_loses_nothing(n: int, k: int) -> None:
     assert packed.is_contiguous()
     assert packed.shape == (-(-n // 32), 1 + -(-k // 4), 128)
     assert torch.equal(unpack_int8(packed, n, k), weight)
+    assert torch.equal(packed, reference_pack_int8(torch.empty_like(packed), weight))
 
 
 @pytest.mark.parametrize("threads", [1, 3])

@@ -74,6 +74,13 @@ def quantize_per_token(out: tuple[Tensor, Tensor], x: Tensor) -> tuple[Tensor, T
     return out
 
 
+def pack_int8(out: Tensor, weight: Tensor) -> Tensor:
+    """Fill the panels ``out`` with the weight ``[N, K]``; see ``packing.pack_int8``."""
+    weight = weight.contiguous()
+    _native.pack_int8(weight.data_ptr(), *weight.shape, out.data_ptr(), torch.get_num_threads())
+    return out
+
+
 def int8_matmul(
     out: Tensor, codes: Tensor, token_scales: Tensor, packed: Tensor, channel_scales: Tensor, bias: Tensor | None
 ) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fewbits.errors import FewbitsError
+from fewbits.kernels import native
 
 CHANNELS = 32
 GROUP = 4
@@ -42,8 +43,16 @@ def pack_int8(weight: Tensor) -> Tensor:
     N, K = weight.shape
     if K > MAX_FEATURES:
         raise FewbitsError(f"weight: K = {K} input features, at most {MAX_FEATURES} fit an int32 sum; split the layer")
-    panels, steps = -(-N // CHANNELS), -(-K // GROUP)
-    packed = weight.new_empty(panels, 1 + steps, CHANNELS * GROUP)
+    packed = weight.new_empty(-(-N // CHANNELS), 1 + -(-K // GROUP), CHANNELS * GROUP)
+    if native.status().loaded and weight.device.type == "cpu":
+        return native.pack_int8(packed, weight)
+    return reference_pack_int8(packed, weight)
+
+
+def reference_pack_int8(packed: Tensor, weight: Tensor) -> Tensor:
+    """Fill the panels in plain PyTorch: what ``pack_int8`` means."""
+    panels, rows_of_panel, _ = packed.shape
+    K, steps = weight.shape[1], rows_of_panel - 1
     for panel in range(panels):  # one panel at a time: no padded copy of the whole weight
         rows = weight[panel * CHANNELS : (panel + 1) * CHANNELS]
         padded = rows.new_zeros(CHANNELS, steps * GROUP)
