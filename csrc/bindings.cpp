@@ -59,17 +59,19 @@ NB_MODULE(_native, m) {
 
   m.def(
       "encode",
-      [](uintptr_t x, const Codec* source, int64_t count, const Rounder& rounder, uintptr_t codes, int threads) {
-        fewbits::encode(at<const void>(x), source, count, rounder, at<void>(codes), threads);
+      [](uintptr_t x, const Codec* source, int64_t count, const Rounder& rounder, bool nibbles, uintptr_t codes,
+         int threads) {
+        fewbits::encode(at<const void>(x), source, count, rounder, nibbles, at<void>(codes), threads);
       },
-      "x"_a, "source"_a.none(), "count"_a, "rounder"_a, "codes"_a, "threads"_a,
+      "x"_a, "source"_a.none(), "count"_a, "rounder"_a, "nibbles"_a, "codes"_a, "threads"_a,
       nb::call_guard<nb::gil_scoped_release>());
   m.def(
       "decode",
-      [](uintptr_t codes, const Codec& codec, int64_t count, const Rounder* narrow, uintptr_t out, int threads) {
-        fewbits::decode(at<const void>(codes), codec, count, narrow, at<void>(out), threads);
+      [](uintptr_t codes, const Codec& codec, int64_t count, bool nibbles, const Rounder* narrow, uintptr_t out,
+         int threads) {
+        fewbits::decode(at<const void>(codes), codec, count, nibbles, narrow, at<void>(out), threads);
       },
-      "codes"_a, "codec"_a, "count"_a, "narrow"_a.none(), "out"_a, "threads"_a,
+      "codes"_a, "codec"_a, "count"_a, "nibbles"_a, "narrow"_a.none(), "out"_a, "threads"_a,
       nb::call_guard<nb::gil_scoped_release>());
   m.def(
       "round",

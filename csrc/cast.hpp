@@ -5,7 +5,8 @@
 //      fields of a float32 are cut and put together with shifts that differ by lane, so subnormals need no branch.
 //      Rounding and kind of sign are template parameters: what differs by call and not by lane is out of the loop
 //   2  bfloat16 and float32 share exponents: decoding is one shift
-//   3  results leave the cores by non-temporal stores where they are larger than the caches (stream_out)
+//   3  round to nearest: one shift for all normal lanes, and for the others a float addition that rounds in hardware
+//   4  results leave the cores by non-temporal stores where they are larger than the caches (stream_out)
 //
 // The meaning is fewbits/tensors/codes.py, on doubles; this is bit-equal. Included once per instruction set.
 #pragma once
@@ -262,6 +263,18 @@ void decode_as(const Code* codes, int64_t count, float* out, const Codec& f) {
 void decode_codes(const void* codes, int64_t count, float* out, const Codec& f) {
   if (f.code_bytes() == 1) return decode_as(static_cast<const uint8_t*>(codes), count, out, f);
   decode_as(static_cast<const uint16_t*>(codes), count, out, f);
+}
+
+// Two 4-bit codes to a byte, the first one low:  | code 1 | code 0 |  | code 3 | code 2 |  …
+void pack_nibbles(const uint8_t* __restrict codes, int64_t bytes, uint8_t* __restrict packed) {
+  for (int64_t i = 0; i < bytes; ++i) packed[i] = static_cast<uint8_t>(codes[2 * i] | codes[2 * i + 1] << 4);
+}
+
+void unpack_nibbles(const uint8_t* __restrict packed, int64_t bytes, uint8_t* __restrict codes) {
+  for (int64_t i = 0; i < bytes; ++i) {
+    codes[2 * i] = packed[i] & 15;
+    codes[2 * i + 1] = packed[i] >> 4;
+  }
 }
 
 // memcpy past the caches: the lines written are not read first, which would cost as much traffic again.

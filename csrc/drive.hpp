@@ -10,8 +10,11 @@ void pack_int8(const int8_t* weight, int64_t N, int64_t K, int8_t* packed, int t
 void int8_matmul(Int8Matmul job, int threads);  // job.tiles is allocated here
 
 // x is float32, or 16-bit floats of the format `source`; results are float32, or narrowed to 16 bits by `narrow`.
-void encode(const void* x, const Codec* source, int64_t count, const Rounder& rounder, void* codes, int threads);
-void decode(const void* codes, const Codec& codec, int64_t count, const Rounder* narrow, void* out, int threads);
+// With `nibbles` two codes of 4 bits share a byte, and count is even.
+void encode(const void* x, const Codec* source, int64_t count, const Rounder& rounder, bool nibbles, void* codes,
+            int threads);
+void decode(const void* codes, const Codec& codec, int64_t count, bool nibbles, const Rounder* narrow, void* out,
+            int threads);
 void round(const void* x, const Codec* source, int64_t count, const Rounder& rounder, const Rounder* narrow, void* out,
            int threads);
 

@@ -14,16 +14,17 @@ constexpr int64_t kChunksWorthAThread = 16;
 // Where a result goes: straight to its place if it is small, else through a buffer and past the caches.
 class Place {
  public:
-  Place(void* to, int64_t total_bytes, int64_t element_bytes)
-      : to_(static_cast<char*>(to)), bytes_(element_bytes), past_caches_(total_bytes > kBeyondCaches) {}
-  void* begin(int64_t element, void* buffer) const { return past_caches_ ? buffer : to_ + element * bytes_; }
-  void end(int64_t element, int64_t count, const void* buffer) const {
-    if (past_caches_) chosen().kernels->stream_out(to_ + element * bytes_, buffer, count * bytes_);
+  Place(void* to, int64_t bytes) : to_(static_cast<char*>(to)), past_caches_(bytes > kBeyondCaches) {}
+  template <class T>
+  T* begin(int64_t offset, T* buffer) const {
+    return past_caches_ ? buffer : reinterpret_cast<T*>(to_ + offset);
+  }
+  void end(int64_t offset, int64_t bytes, const void* buffer) const {
+    if (past_caches_) chosen().kernels->stream_out(to_ + offset, buffer, bytes);
   }
 
  private:
   char* to_;
-  int64_t bytes_;
   bool past_caches_;
 };
 
@@ -45,45 +46,71 @@ void in_chunks(int64_t count, int threads, const Work& work) {
 
 }  // namespace
 
-void encode(const void* x, const Codec* source, int64_t count, const Rounder& rounder, void* codes, int threads) {
-  const Place place(codes, count * rounder.codec.code_bytes(), rounder.codec.code_bytes());
+void encode(const void* x, const Codec* source, int64_t count, const Rounder& rounder, bool nibbles, void* codes,
+            int threads) {
+  const int64_t code_bytes = rounder.codec.code_bytes();
+  const auto bytes = [&](int64_t n) { return nibbles ? n / 2 : n * code_bytes; };
+  const Place place(codes, bytes(count));
   in_chunks(count, threads, [&](int64_t first, int64_t n) {
     alignas(64) float values[kChunk];
     alignas(64) uint16_t buffer[kChunk];
-    void* to = place.begin(first, buffer);
-    chosen().kernels->encode_floats(floats(x, source, first, n, values), n, to, rounder, static_cast<uint64_t>(first));
-    place.end(first, n, buffer);
+    alignas(64) uint8_t single[kChunk], packed[kChunk / 2];
+    const Kernels& kernels = *chosen().kernels;
+    const float* from = floats(x, source, first, n, values);
+    if (nibbles) {
+      kernels.encode_floats(from, n, single, rounder, static_cast<uint64_t>(first));
+      kernels.pack_nibbles(single, n / 2, place.begin(bytes(first), packed));
+      place.end(bytes(first), bytes(n), packed);
+    } else {
+      kernels.encode_floats(from, n, place.begin(bytes(first), buffer), rounder, static_cast<uint64_t>(first));
+      place.end(bytes(first), bytes(n), buffer);
+    }
   });
 }
 
-void decode(const void* codes, const Codec& codec, int64_t count, const Rounder* narrow, void* out, int threads) {
-  const int64_t out_bytes = narrow ? 2 : 4;
-  const Place place(out, count * out_bytes, out_bytes);
+namespace {
+
+// float32 values to their place, narrowed to 16 bits on the way where that is wanted; `fill` makes them.
+template <class Fill>
+void values_to(const Place& place, const Rounder* narrow, int64_t first, int64_t n, const Fill& fill) {
+  alignas(64) float values[kChunk];
+  alignas(64) uint16_t buffer[kChunk];
+  if (narrow) {
+    fill(values);
+    chosen().kernels->encode_floats(values, n, place.begin(first * 2, buffer), *narrow, 0);
+    place.end(first * 2, n * 2, buffer);
+  } else {
+    fill(place.begin(first * 4, values));
+    place.end(first * 4, n * 4, values);
+  }
+}
+
+}  // namespace
+
+void decode(const void* codes, const Codec& codec, int64_t count, bool nibbles, const Rounder* narrow, void* out,
+            int threads) {
+  const Place place(out, count * (narrow ? 2 : 4));
+  const Kernels& kernels = *chosen().kernels;
   in_chunks(count, threads, [&](int64_t first, int64_t n) {
-    alignas(64) float values[kChunk];
-    alignas(64) uint16_t buffer[kChunk];
-    const Kernels& kernels = *chosen().kernels;
-    float* wide = narrow ? values : static_cast<float*>(place.begin(first, values));
-    kernels.decode_codes(static_cast<const char*>(codes) + first * codec.code_bytes(), n, wide, codec);
-    if (narrow) kernels.encode_floats(values, n, place.begin(first, buffer), *narrow, 0);
-    place.end(first, n, narrow ? static_cast<void*>(buffer) : values);
+    alignas(64) uint8_t single[kChunk];
+    const auto* from = static_cast<const uint8_t*>(codes) + (nibbles ? first / 2 : first * codec.code_bytes());
+    if (nibbles) {
+      kernels.unpack_nibbles(from, n / 2, single);
+      from = single;
+    }
+    values_to(place, narrow, first, n, [&](float* values) { kernels.decode_codes(from, n, values, codec); });
   });
 }
 
 void round(const void* x, const Codec* source, int64_t count, const Rounder& rounder, const Rounder* narrow, void* out,
            int threads) {
-  const int64_t out_bytes = narrow ? 2 : 4;
-  const Place place(out, count * out_bytes, out_bytes);
+  const Place place(out, count * (narrow ? 2 : 4));
+  const Kernels& kernels = *chosen().kernels;
   in_chunks(count, threads, [&](int64_t first, int64_t n) {
-    alignas(64) float values[kChunk];
+    alignas(64) float wide[kChunk];
     alignas(64) uint16_t codes[kChunk];
-    alignas(64) uint16_t buffer[kChunk];
-    const Kernels& kernels = *chosen().kernels;
-    kernels.encode_floats(floats(x, source, first, n, values), n, codes, rounder, static_cast<uint64_t>(first));
-    float* wide = narrow ? values : static_cast<float*>(place.begin(first, values));
-    kernels.decode_codes(codes, n, wide, rounder.codec);
-    if (narrow) kernels.encode_floats(values, n, place.begin(first, buffer), *narrow, 0);
-    place.end(first, n, narrow ? static_cast<void*>(buffer) : values);
+    kernels.encode_floats(floats(x, source, first, n, wide), n, codes, rounder, static_cast<uint64_t>(first));
+    values_to(place, narrow, first, n, [&](float* values) { kernels.decode_codes(codes, n, values, rounder.codec); });
   });
 }
 

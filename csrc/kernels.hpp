@@ -54,6 +54,8 @@ struct Kernels {
   // float32 -> codes, position of the first one in its tensor; codes -> float32; memcpy past the caches.
   void (*encode_floats)(const float* x, int64_t count, void* codes, const Rounder& rounder, uint64_t position);
   void (*decode_codes)(const void* codes, int64_t count, float* out, const Codec& codec);
+  void (*pack_nibbles)(const uint8_t* codes, int64_t bytes, uint8_t* packed);
+  void (*unpack_nibbles)(const uint8_t* packed, int64_t bytes, uint8_t* codes);
   void (*stream_out)(void* to, const void* from, int64_t bytes);
 };
 

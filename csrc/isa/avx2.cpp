@@ -2,5 +2,14 @@
 #include "../int8_matmul.hpp"
 #include "../quantize_per_token.hpp"
 
-const fewbits::Kernels fewbits::kAvx2 = {"avx2",        quantize_per_token, int8_pack_rows, int8_matmul,
-                                         encode_floats, decode_codes,       stream_out};
+const fewbits::Kernels fewbits::kAvx2 = {
+    .name = "avx2",
+    .quantize_per_token = quantize_per_token,
+    .int8_pack_rows = int8_pack_rows,
+    .int8_matmul = int8_matmul,
+    .encode_floats = encode_floats,
+    .decode_codes = decode_codes,
+    .pack_nibbles = pack_nibbles,
+    .unpack_nibbles = unpack_nibbles,
+    .stream_out = stream_out,
+};

@@ -20,7 +20,9 @@ _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 _DTYPES = (torch.float32, *_NAMES)
 
 
-def encode(x: Tensor, fmt: Format, rounding: Rounding, overflow: Overflow, key: int, codes: Tensor) -> Tensor | None:
+def encode(
+    x: Tensor, fmt: Format, rounding: Rounding, overflow: Overflow, key: int, codes: Tensor, packed: bool = False
+) -> Tensor | None:
     """Round to codes.
 
     Args:
@@ -30,19 +32,20 @@ def encode(x: Tensor, fmt: Format, rounding: Rounding, overflow: Overflow, key: 
         overflow: What becomes of values beyond the range.
         key: Of the random words of stochastic rounding; the word of an element depends on it and the position alone.
         codes: Filled and returned; contiguous, the shape of x, uint8 to 8 bits and uint16 to 16.
+        packed: Two 4-bit codes share a byte of ``codes``, the first one low; x has an even number of elements.
     """
     if not _runs(x) or not _encodes(fmt):
         return None
     x = x.contiguous()
     native.module().encode(
-        x.data_ptr(), _source(x.dtype), x.numel(), _rounder(fmt, rounding, overflow, key), codes.data_ptr(),
-        torch.get_num_threads(),
+        x.data_ptr(), _source(x.dtype), x.numel(), _rounder(fmt, rounding, overflow, key), packed,
+        codes.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return codes
 
 
-def decode(codes: Tensor, fmt: Format, out: Tensor) -> Tensor | None:
-    """Fill ``out``, contiguous, float32, bfloat16 or float16 of the shape of ``codes``, with what the codes mean.
+def decode(codes: Tensor, fmt: Format, out: Tensor, packed: bool = False) -> Tensor | None:
+    """Fill ``out``, contiguous, float32, bfloat16 or float16, with what the codes mean, as many as it has elements.
 
     Codes are uint8 to 8 bits and uint16 to 16, in range, on the CPU; a value that ``out`` cannot hold is rounded to
     nearest even.
@@ -52,7 +55,7 @@ def decode(codes: Tensor, fmt: Format, out: Tensor) -> Tensor | None:
         return None
     codes = codes.contiguous()
     native.module().decode(
-        codes.data_ptr(), _codec(fmt), codes.numel(), _narrow(out.dtype), out.data_ptr(), torch.get_num_threads()
+        codes.data_ptr(), _codec(fmt), out.numel(), packed, _narrow(out.dtype), out.data_ptr(), torch.get_num_threads()
     )
     return out
 
