@@ -55,11 +55,13 @@ def cast_weight(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
         FewbitsError: If a finite value is beyond the dtype's largest number.
     """
     cast = weight.to(dtype)
-    beyond = cast.isinf()
-    if beyond.any() and (beyond & ~weight.isinf()).any():
+    if cast.numel() == 0 or all(extreme.isfinite() for extreme in cast.aminmax()):  # takes no memory
+        return cast
+    beyond = cast.isinf() & ~weight.isinf()
+    if beyond.any():
         format_name = next(known for known, its in TORCH_DTYPES.items() if its == dtype)
         raise FewbitsError(
-            f"{name}: {weight[beyond & ~weight.isinf()][0].item():.6g} is beyond {format_name}, whose largest number "
+            f"{name}: {weight[beyond][0].item():.6g} is beyond {format_name}, whose largest number "
             f"is {torch.finfo(dtype).max:.6g}; use bf16 or fp32"
         )
     return cast
