@@ -11,7 +11,7 @@ INT8   := build/smollm2-int8
 BF16   := build/smollm2-bf16
 SOURCES := $(shell find src csrc -name '*.py' -o -name '*.cpp' -o -name '*.hpp')
 
-.PHONY: help demo test lint format bench clean
+.PHONY: help demo test lint format bench certify clean
 .DELETE_ON_ERROR:
 
 help:
@@ -43,6 +43,10 @@ test: .venv/dev .venv/built $(MODEL)
 bench: .venv/bench $(INT8)/config.json $(BF16)/config.json
 	$(BIN)/python benchmarks/bench_convert.py $(MODEL) --json build/bench_convert.json
 	$(BIN)/python benchmarks/bench_generate.py $(BF16) $(INT8) --json build/bench_generate.json
+
+# make certify every float32, cast to fp16, bf16, e4m3fn and e5m2 and held against exact arithmetic; some minutes
+certify: .venv/built
+	$(BIN)/python tools/certify.py
 
 # make clean  remove everything that was made; the downloaded model stays in $(CACHE)
 clean:
