@@ -1,6 +1,9 @@
 // Python sees addresses and sizes only; shapes and dtypes are checked in fewbits/kernels/ops.py.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/array.h>
 #include <nanobind/stl/pair.h>
+
+#include <algorithm>
 
 #include "drive.hpp"
 #include "parallel.hpp"
@@ -78,5 +81,27 @@ NB_MODULE(_native, m) {
       [](uintptr_t x, const Codec* source, int64_t count, const Rounder& rounder, const Rounder* narrow, uintptr_t out,
          int threads) { fewbits::round(at<const void>(x), source, count, rounder, narrow, at<void>(out), threads); },
       "x"_a, "source"_a.none(), "count"_a, "rounder"_a, "narrow"_a.none(), "out"_a, "threads"_a,
+      nb::call_guard<nb::gil_scoped_release>());
+
+  m.def(
+      "mx_encode",
+      [](uintptr_t x, int64_t M, int64_t K, const Rounder& element, int32_t size, int32_t emax, int64_t round_up_above,
+         int32_t nan_scale, uintptr_t codes, uintptr_t scales, int threads) {
+        fewbits::mx_encode(at<const float>(x), M, K, {element, size, emax, round_up_above, nan_scale},
+                           at<uint8_t>(codes), at<uint8_t>(scales), threads);
+      },
+      nb::call_guard<nb::gil_scoped_release>());
+  m.def(
+      "nvfp4_encode",
+      [](uintptr_t x, int64_t M, int64_t K, const Codec& scale, int32_t size, double element_max, double tensor_scale,
+         std::array<double, 7> bounds, uintptr_t codes, uintptr_t scales, int threads) {
+        fewbits::Nvfp4Format format{scale, size, element_max, tensor_scale, {}};
+        std::copy(bounds.begin(), bounds.end(), format.bounds);
+        fewbits::nvfp4_encode(at<const float>(x), M, K, format, at<uint8_t>(codes), at<uint8_t>(scales), threads);
+      },
+      nb::call_guard<nb::gil_scoped_release>());
+  m.def(
+      "finite_amax",
+      [](uintptr_t x, int64_t count, int threads) { return fewbits::finite_amax(at<const float>(x), count, threads); },
       nb::call_guard<nb::gil_scoped_release>());
 }

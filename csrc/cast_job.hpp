@@ -38,6 +38,24 @@ struct Rounder {
   uint64_t key;     // of the random words
 };
 
+// OCP MX: a power-of-two scale, 2^(code - 127), to `size` elements.
+struct MxFormat {
+  Rounder element;
+  int32_t size;
+  int32_t emax;            // exponent of the largest element value
+  int64_t round_up_above;  // the scale is doubled where amax = 2^e · (1 + fraction / 2^52) has a larger fraction
+  int32_t nan_scale;       // scale code of a block with NaN or Inf
+};
+
+// NVFP4: an E4M3 scale to `size` E2M1 elements, and one scale of the tensor.
+struct Nvfp4Format {
+  Codec scale;
+  int32_t size;
+  double element_max;
+  double tensor_scale;
+  double bounds[7];  // the middles between neighbouring element values
+};
+
 // An element's random word depends on the key and its position alone: the same bits for any thread count.
 inline uint32_t mix32(uint32_t word) {  // lowbias32 by Christopher Wellons
   word ^= word >> 16;

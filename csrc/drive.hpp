@@ -18,4 +18,11 @@ void decode(const void* codes, const Codec& codec, int64_t count, bool nibbles, 
 void round(const void* x, const Codec* source, int64_t count, const Rounder& rounder, const Rounder* narrow, void* out,
            int threads);
 
+// x [M, K] -> codes [M, K], scales [M, ceil(K / size)].
+void mx_encode(const float* x, int64_t M, int64_t K, const MxFormat& format, uint8_t* codes, uint8_t* scales,
+               int threads);
+void nvfp4_encode(const float* x, int64_t M, int64_t K, const Nvfp4Format& format, uint8_t* codes, uint8_t* scales,
+                  int threads);
+float finite_amax(const float* x, int64_t count, int threads);
+
 }  // namespace fewbits

@@ -54,6 +54,10 @@ struct Kernels {
   // float32 -> codes, position of the first one in its tensor; codes -> float32; memcpy past the caches.
   void (*encode_floats)(const float* x, int64_t count, void* codes, const Rounder& rounder, uint64_t position);
   void (*decode_codes)(const void* codes, int64_t count, float* out, const Codec& codec);
+  // A run of whole blocks, the last one perhaps short -> codes, one scale code a block.
+  void (*mx_encode)(const float* x, int64_t count, const MxFormat& format, uint8_t* codes, uint8_t* scales);
+  void (*nvfp4_encode)(const float* x, int64_t count, const Nvfp4Format& format, uint8_t* codes, uint8_t* scales);
+  float (*finite_amax)(const float* x, int64_t count);
   void (*pack_nibbles)(const uint8_t* codes, int64_t bytes, uint8_t* packed);
   void (*unpack_nibbles)(const uint8_t* packed, int64_t bytes, uint8_t* codes);
   void (*stream_out)(void* to, const void* from, int64_t bytes);

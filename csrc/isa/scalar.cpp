@@ -1,3 +1,4 @@
+#include "../block.hpp"
 #include "../cast.hpp"
 #include "../int8_matmul.hpp"
 #include "../quantize_per_token.hpp"
@@ -9,6 +10,9 @@ const fewbits::Kernels fewbits::kScalar = {
     .int8_matmul = int8_matmul,
     .encode_floats = encode_floats,
     .decode_codes = decode_codes,
+    .mx_encode = mx_encode,
+    .nvfp4_encode = nvfp4_encode,
+    .finite_amax = finite_amax,
     .pack_nibbles = pack_nibbles,
     .unpack_nibbles = unpack_nibbles,
     .stream_out = stream_out,

@@ -29,7 +29,7 @@ def test_ops_with_a_forced_instruction_set(isa: str) -> None:
         "-q",
         "-p",
         "no:cacheprovider",
-        *(str(HERE / name) for name in ("test_ops.py", "test_cast_kernels.py")),
+        *(str(HERE / name) for name in ("test_ops.py", "test_cast_kernels.py", "test_block_kernels.py")),
     )
     assert tests.returncode == 0, tests.stdout
     assert " passed" in tests.stdout

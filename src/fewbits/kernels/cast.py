@@ -7,6 +7,7 @@ plain-PyTorch meaning.
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -70,6 +71,58 @@ def round_to(x: Tensor, fmt: Format, rounding: Rounding, overflow: Overflow, key
         out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return out
+
+
+def mx_encode(
+    x: Tensor, fmt: Format, rounding: Rounding, emax: int, round_up_above: int, codes: Tensor, scales: Tensor
+) -> bool:
+    """Round float32 ``[M, K]`` to an MX format; False where no kernel does.
+
+    Args:
+        x: On the CPU.
+        fmt: The block format.
+        rounding: Nearest or toward zero. The others would see that ``x / scale`` can underflow.
+        emax: Exponent of the largest element value.
+        round_up_above: The scale is doubled where amax is 2ᵉ · (1 + fraction · 2⁻⁵²) with a larger fraction.
+        codes: uint8 ``[M, K]``, contiguous; filled.
+        scales: uint8 ``[M, ceil(K / block)]``, contiguous; filled.
+    """
+    exact = (Rounding.NEAREST_EVEN, Rounding.NEAREST_AWAY, Rounding.TOWARD_ZERO)
+    if not _runs(x) or x.dtype != torch.float32 or rounding not in exact or fmt.block is None:
+        return False
+    x = x.contiguous()
+    native.module().mx_encode(
+        x.data_ptr(), *x.shape, _rounder(fmt.element, rounding, Overflow.SATURATE, 0), fmt.block.size, emax,
+        round_up_above, Format.named(fmt.block.scale).nan_code, codes.data_ptr(), scales.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return True
+
+
+def nvfp4_encode(
+    x: Tensor, fmt: Format, rounding: Rounding, tensor_scale: float, codes: Tensor, scales: Tensor
+) -> bool:
+    """Round float32 ``[M, K]`` to NVFP4, to nearest even; False where no kernel does. See ``mx_encode``."""
+    nearest = rounding is Rounding.NEAREST_EVEN
+    if not _runs(x) or x.dtype != torch.float32 or not nearest or fmt.block is None or fmt.bits != 4:
+        return False
+    x = x.contiguous()
+    levels = [float(fmt.magnitude(code)) for code in range(fmt.max_code + 1)]
+    native.module().nvfp4_encode(
+        x.data_ptr(), *x.shape, _codec(Format.named(fmt.block.scale)), fmt.block.size, levels[-1], tensor_scale,
+        tuple((low + high) / 2 for low, high in pairwise(levels)), codes.data_ptr(), scales.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return True
+
+
+def finite_amax(x: Tensor) -> float | None:
+    """The largest finite magnitude in a float32 tensor, 0 if there is none; None where no kernel runs."""
+    if not _runs(x) or x.dtype != torch.float32:
+        return None
+    x = x.contiguous()
+    largest: float = native.module().finite_amax(x.data_ptr(), x.numel(), torch.get_num_threads())
+    return largest
 
 
 def _runs(x: Tensor) -> bool:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fewbits.formats import Format, Kind, Overflow, Rounding, ScaleRule
+from fewbits.kernels import cast as kernels
 from fewbits.tensors.codes import CHUNK, How, to_codes, to_dtype, to_values
 from fewbits.tensors.random import positions_of, random_words
 
@@ -31,6 +32,21 @@ class BlockCodes(NamedTuple):
     codes: Tensor
     scales: Tensor
     tensor_scale: Tensor | None = None
+
+
+def block_codes(x: Tensor, fmt: Format, how: How, rule: ScaleRule) -> BlockCodes:
+    """Round a tensor to a block format, by a kernel where there is one; what it means is `to_blocks`, bit for bit."""
+    assert fmt.block is not None
+    K = x.shape[-1]
+    flat = x.reshape(x.numel() // K, K)
+    codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
+    scales = torch.empty((*x.shape[:-1], -(-K // fmt.block.size)), dtype=torch.uint8, device=x.device)
+    tensor_scale = _tensor_scale(flat, fmt, rule)
+    if tensor_scale is None:
+        done = kernels.mx_encode(flat, fmt, how.rounding, *_scale_limits(fmt, rule), codes, scales)
+    else:
+        done = kernels.nvfp4_encode(flat, fmt, how.rounding, float(tensor_scale), codes, scales)
+    return BlockCodes(codes, scales, tensor_scale) if done else to_blocks(x, fmt, how, rule)[0]
 
 
 def to_blocks(x: Tensor, fmt: Format, how: How, rule: ScaleRule) -> tuple[BlockCodes, Tensor]:
@@ -134,16 +150,24 @@ def _scale_exponent(amax: Tensor, fmt: Format, rule: ScaleRule) -> Tensor:
     """The exponent of the scale before it is clamped, read off the bits of amax; see `ScaleRule`."""
     bits = amax.view(torch.int64)
     exponent, fraction = (bits >> _MANTISSA) - 1023, bits & ((1 << _MANTISSA) - 1)
+    emax, round_up_above = _scale_limits(fmt, rule)
+    return exponent + (fraction > round_up_above) - emax
+
+
+def _scale_limits(fmt: Format, rule: ScaleRule) -> tuple[int, int]:
+    """The exponent of the largest element value, and the fraction of amax above which its scale is doubled.
+
+    amax is 2^e (1 + fraction / 2^52), as a double has it.
+    """
     largest = int(torch.tensor(float(fmt.element.max), dtype=torch.float64).view(torch.int64))
     emax, largest_fraction = (largest >> _MANTISSA) - 1023, largest & ((1 << _MANTISSA) - 1)
     precision = fmt.mantissa_bits - (fmt.kind is Kind.INTEGER)
-    round_up = {
-        ScaleRule.FLOOR: fraction < 0,
-        ScaleRule.CEIL: fraction > 0,
-        ScaleRule.EVEN: fraction >= (1 << _MANTISSA) - (1 << (_MANTISSA - 1 - precision)),
-        ScaleRule.RCEIL: fraction > largest_fraction,
+    return emax, {
+        ScaleRule.FLOOR: 1 << _MANTISSA,  # never
+        ScaleRule.CEIL: 0,
+        ScaleRule.EVEN: (1 << _MANTISSA) - (1 << (_MANTISSA - 1 - precision)) - 1,
+        ScaleRule.RCEIL: largest_fraction,
     }[rule]
-    return exponent + round_up - emax
 
 
 def _tensor_scale(x: Tensor, fmt: Format, rule: ScaleRule) -> Tensor | None:
@@ -153,8 +177,11 @@ def _tensor_scale(x: Tensor, fmt: Format, rule: ScaleRule) -> Tensor | None:
     one = torch.ones((), dtype=torch.float32, device=x.device)
     if rule is ScaleRule.ONE_LEVEL or not x.numel():
         return one
-    magnitude = x.abs()
-    amax = torch.where(magnitude.isfinite(), magnitude, 0).amax().to(torch.float64)
+    found = kernels.finite_amax(x)
+    if found is None:
+        magnitude = x.abs()
+        found = float(torch.where(magnitude.isfinite(), magnitude, 0).amax())
+    amax = torch.tensor(found, dtype=torch.float64, device=x.device)
     fp32 = torch.finfo(torch.float32)
     whole = amax / (_scale_format(fmt).max * fmt.element.max)
     rounded = whole.clamp(max=fp32.max).to(torch.float32).clamp(min=fp32.smallest_normal * fp32.eps)

@@ -26,7 +26,7 @@ from torch import Tensor
 from fewbits.errors import FewbitsError
 from fewbits.formats import Format, ScaleRule
 from fewbits.kernels import cast as kernels
-from fewbits.tensors.block import BlockCodes, from_blocks, to_blocks
+from fewbits.tensors.block import BlockCodes, block_codes, from_blocks, to_blocks
 from fewbits.tensors.cast_arguments import (
     FLOATS,
     SIGNED,
@@ -84,7 +84,9 @@ def round_to(
             raise FewbitsError("out: x needs a gradient, which out cannot carry; leave out=None or pass x.detach()")
         return cast(Tensor, _StraightThrough.apply(x, fmt, how, rule, clip_gradient))  # type: ignore[no-untyped-call]
     out = place(out, x, x.dtype, x.shape)
-    if rule is None and kernels.round_to(x, fmt, how.rounding, how.overflow, _key(how), out) is not None:
+    if rule:
+        return out.copy_(from_blocks(block_codes(x, fmt, how, rule), fmt, x.dtype))
+    if kernels.round_to(x, fmt, how.rounding, how.overflow, _key(how), out) is not None:
         return out
     return out.copy_(_rounded_and_over(x, fmt, how, rule)[0])
 
@@ -114,7 +116,7 @@ def encode(
     if rule:
         if out is not None or packed:
             raise FewbitsError(f"{fmt.name} has codes and scales, two tensors; leave out=None and packed=False")
-        return to_blocks(x, fmt, how, rule)[0]
+        return block_codes(x, fmt, how, rule)
     out = place(out, x, code_dtype(fmt), packed_shape(x.shape, fmt) if packed else x.shape)
     if kernels.encode(x, fmt, how.rounding, how.overflow, _key(how), out, packed) is None:
         codes = torch.empty(x.shape, dtype=out.dtype, device=x.device) if packed else out

@@ -1,0 +1,58 @@
+// Block formats of whole tensors x [M, K]: blocks lie along K, the last one of a row may be short.
+#include <algorithm>
+#include <vector>
+
+#include "drive.hpp"
+#include "parallel.hpp"
+
+namespace fewbits {
+namespace {
+
+constexpr int64_t kRun = 2048;  // elements of a run; a multiple of every block size
+constexpr int64_t kRunsWorthAThread = 16;
+
+// Calls work(x, count, codes, scales) for runs of whole blocks. Rows of whole blocks are one long row.
+template <class Work>
+void in_runs(const float* x, int64_t M, int64_t K, int64_t size, uint8_t* codes, uint8_t* scales, int threads,
+             const Work& work) {
+  if (K % size == 0) K *= M, M = 1;
+  const int64_t runs_of_row = ceil_div(K, kRun), runs = M * runs_of_row, scales_of_row = ceil_div(K, size);
+  const int useful = static_cast<int>(std::min<int64_t>(threads, std::max<int64_t>(1, runs / kRunsWorthAThread)));
+  parallel_ranges(useful, runs, [&](int64_t begin, int64_t end) {
+    for (int64_t run = begin; run < end; ++run) {
+      const int64_t row = run / runs_of_row, at = run % runs_of_row * kRun;
+      work(x + row * K + at, std::min(kRun, K - at), codes + row * K + at, scales + row * scales_of_row + at / size);
+    }
+  });
+}
+
+}  // namespace
+
+void mx_encode(const float* x, int64_t M, int64_t K, const MxFormat& format, uint8_t* codes, uint8_t* scales,
+               int threads) {
+  in_runs(x, M, K, format.size, codes, scales, threads,
+          [&](const float* from, int64_t count, uint8_t* to, uint8_t* scale) {
+            chosen().kernels->mx_encode(from, count, format, to, scale);
+          });
+}
+
+void nvfp4_encode(const float* x, int64_t M, int64_t K, const Nvfp4Format& format, uint8_t* codes, uint8_t* scales,
+                  int threads) {
+  in_runs(x, M, K, format.size, codes, scales, threads,
+          [&](const float* from, int64_t count, uint8_t* to, uint8_t* scale) {
+            chosen().kernels->nvfp4_encode(from, count, format, to, scale);
+          });
+}
+
+float finite_amax(const float* x, int64_t count, int threads) {
+  const int64_t runs = ceil_div(count, kRun);
+  std::vector<float> largest(static_cast<size_t>(runs));
+  const int useful = static_cast<int>(std::min<int64_t>(threads, std::max<int64_t>(1, runs / kRunsWorthAThread)));
+  parallel_ranges(useful, runs, [&](int64_t begin, int64_t end) {
+    for (int64_t run = begin; run < end; ++run)
+      largest[run] = chosen().kernels->finite_amax(x + run * kRun, std::min(kRun, count - run * kRun));
+  });
+  return runs ? *std::max_element(largest.begin(), largest.end()) : 0.0f;
+}
+
+}  // namespace fewbits
