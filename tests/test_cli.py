@@ -1,6 +1,7 @@
 """The command line: what each command prints and writes, and its exit code."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -80,6 +81,10 @@ def test_doctor_tells_the_machine(run_cli: Callable, tmp_path: Path) -> None:
     assert version("torch") in (tmp_path / "doctor.json").read_text()
 
 
-def test_the_installed_command_runs() -> None:
-    command = [Path(sys.executable).with_name("fewbits"), "show", "0.1", "--in", "bf16"]
-    assert b"0x3DCD" in subprocess.run(command, capture_output=True, check=True).stdout
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_the_installed_command_runs(encoding: str) -> None:
+    command = [Path(sys.executable).with_name("fewbits"), "formats"]
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    done = subprocess.run(command, capture_output=True, check=True, env=environment)
+    assert "e4m3fn" in done.stdout.decode(encoding)
+    assert done.stderr == b""

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from io import TextIOWrapper
 from json import dumps
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -132,7 +133,7 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="What you say to it.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to write.")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the draws, where temperature is above 0.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the draws, where temperature is above 0.")] = 0,
     precision: Annotated[str | None, typer.Option(help="int8, bf16, fp16 or fp32; without it, as stored.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="No chat template: continue the prompt as it is.")] = False,
 ) -> None:
@@ -170,6 +171,8 @@ def doctor(json: Annotated[Path | None, typer.Option(help="Write it here.")] = N
 
 def main() -> NoReturn:
     """Run the command line; turn errors into one line on stderr and an exit code."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without × still gets the table
     try:
         if app(standalone_mode=False) == _INTERRUPTED:  # some versions of Typer turn Ctrl-C into this result
             raise KeyboardInterrupt
