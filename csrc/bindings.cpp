@@ -93,9 +93,10 @@ NB_MODULE(_native, m) {
       nb::call_guard<nb::gil_scoped_release>());
   m.def(
       "nvfp4_encode",
-      [](uintptr_t x, int64_t M, int64_t K, const Codec& scale, int32_t size, double element_max, double tensor_scale,
-         std::array<double, 7> bounds, uintptr_t codes, uintptr_t scales, int threads) {
-        fewbits::Nvfp4Format format{scale, size, element_max, tensor_scale, {}};
+      [](uintptr_t x, int64_t M, int64_t K, const Rounder& element, const Codec& scale, int32_t size,
+         double element_max, double tensor_scale, std::array<double, 7> bounds, uintptr_t codes, uintptr_t scales,
+         int threads) {
+        fewbits::Nvfp4Format format{element, scale, size, element_max, tensor_scale, {}};
         std::copy(bounds.begin(), bounds.end(), format.bounds);
         fewbits::nvfp4_encode(at<const float>(x), M, K, format, at<uint8_t>(codes), at<uint8_t>(scales), threads);
       },

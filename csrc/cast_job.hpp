@@ -49,6 +49,7 @@ struct MxFormat {
 
 // NVFP4: an E4M3 scale to `size` E2M1 elements, and one scale of the tensor.
 struct Nvfp4Format {
+  Rounder element;
   Codec scale;
   int32_t size;
   double element_max;
