@@ -87,24 +87,32 @@ def convert(
     ] = "int8",
     layout: Annotated[str, typer.Option(help="How it is written.")] = "compressed-tensors",
     keep: Annotated[list[str] | None, typer.Option(help="Modules not to quantize, * matches anything.")] = None,
+    overflow: Annotated[
+        str | None,
+        typer.Option(help="Beyond a cast's range: saturate or ieee (Inf); without it, such a model is refused."),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that is there.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write the manifest here.")] = None,
 ) -> None:
     """Convert a model to another precision, tensor by tensor."""
     from fewbits.quantize.convert import convert as run
-    from fewbits.report.terminal import human_bytes, manifest_table
+    from fewbits.report.terminal import cast_table, human_bytes, manifest_table
 
     _refuse_unwritable(json)
     console = Console()
     with _progress("converting", in_bytes=True) as step:
         done = run(
-            model, out, to, layout=layout, keep=keep or (), overwrite=overwrite, revision=revision, progress=step,
-            on_manifest=lambda rows: console.print(manifest_table(rows)),
+            model, out, to, layout=layout, keep=keep or (), overflow=overflow, overwrite=overwrite, revision=revision,
+            progress=step, on_manifest=lambda rows: console.print(manifest_table(rows)),
         )  # fmt: skip
     if json is not None:
         _write_json(json, {"path": str(done.path), "to": to, "nbytes": done.nbytes,
-                           "manifest": [asdict(row) for row in done.manifest]})  # fmt: skip
+                           "manifest": [asdict(row) for row in done.manifest],
+                           "casts": [asdict(cast) for cast in done.casts]})  # fmt: skip
+    if done.casts:
+        console.print(cast_table(done.casts))
+    _warn_of_overflow({cast.tensor: cast.overflowed for cast in done.casts if cast.overflowed}, to, overflow)
     typer.echo(f"wrote {done.path}: {to}, {human_bytes(done.nbytes)} of weights")
 
 
@@ -187,9 +195,20 @@ def main() -> NoReturn:
     sys.exit(0)
 
 
+def _warn_of_overflow(overflowed: dict[str, int], to: str, rule: str | None) -> None:
+    if overflowed:
+        names = ", ".join(f"{name} ({count:,})" for name, count in overflowed.items())
+        became = f"{sum(overflowed.values()):,} values are beyond {to} and were cast by the rule {rule!r}"
+        _to_stderr("WARNING:", f"{became}; the model may not work: {names}", style="bold red")
+
+
+def _to_stderr(*words: str, style: str | None = None) -> None:
+    Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False).print(*words, style=style)
+
+
 def _fail(message: str, code: int) -> NoReturn:
     one_line = " ".join(message.split())
-    Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False).print("error:", one_line)
+    _to_stderr("error:", one_line)
     sys.exit(code)
 
 

@@ -26,9 +26,11 @@ from fewbits.models.precision import TORCH_DTYPES, Precision, cast_weight, preci
 from fewbits.models.safetensors_writer import SafetensorsWriter
 from fewbits.models.source import Source, open_source
 from fewbits.models.staging import MARK, staged_folder
+from fewbits.tensors.cast_report import CastReport, cast_and_report
 from fewbits.tensors.quantized import quantize_per_channel
 
 LAYOUTS = ("compressed-tensors",)
+_NAMED = 5  # more tensors that an error names, after the first
 
 
 @dataclass(frozen=True)
@@ -40,12 +42,14 @@ class Conversion:
         precision: The precision's name.
         nbytes: Bytes of all tensors.
         manifest: Each tensor's format, bytes, or why it is kept.
+        casts: Of a cast, what it did to each tensor; empty if layers were quantized.
     """
 
     path: Path
     precision: str
     nbytes: int
     manifest: tuple[ManifestRow, ...]
+    casts: tuple[CastReport, ...] = ()
 
 
 def convert(
@@ -55,6 +59,7 @@ def convert(
     *,
     layout: str = "compressed-tensors",
     keep: Sequence[str] = (),
+    overflow: str | None = None,
     overwrite: bool = False,
     revision: str | None = None,
     on_manifest: Callable[[Sequence[ManifestRow]], None] | None = None,
@@ -68,6 +73,8 @@ def convert(
         to: ``int8`` (8-bit weights and activations), or a cast: ``bf16``, ``fp16``, ``fp32``.
         layout: How it is written; ``compressed-tensors`` (transformers and vLLM read it).
         keep: Patterns of module names that are not quantized (``*`` matches anything).
+        overflow: What a cast does with values beyond the new format: ``saturate`` writes its largest number, ``ieee``
+            Inf; None refuses the model and names its tensors that have such values.
         overwrite: Replace ``out`` if it holds a model.
         revision: Branch, tag or commit of a Hub id.
         on_manifest: Called with the manifest before any work.
@@ -83,6 +90,9 @@ def convert(
         raise FewbitsError(f"layout {layout!r} is unknown; known: {', '.join(LAYOUTS)}")
     if keep and precision.cast:
         raise FewbitsError(f"keep: a cast to {to} quantizes nothing that could be kept; leave --keep out")
+    if overflow is not None and not precision.cast:
+        raise FewbitsError(f"overflow={overflow!r} is of casts, and {to} has scales: leave it out")
+    precision.weights.overflow_rule(overflow)
     opened = open_source(source, revision=revision)
     stored = stored_precision(opened)
     if stored is not None:
@@ -99,12 +109,12 @@ def convert(
         if on_manifest is not None:
             on_manifest(manifest)
         _write_config(opened, model, precision, dtype, manifest, folder)
-        _write_tensors(opened, manifest, precision, dtype, folder / "model.safetensors", progress)
+        casts = _write_tensors(opened, manifest, precision, dtype, overflow, folder / "model.safetensors", progress)
         tokenizer.save_pretrained(folder)
         mark = {"fewbits": version("fewbits"), "source": opened.path.name, "to": to, "layout": layout}
-        rows = [asdict(row) for row in manifest]
-        (folder / MARK).write_text(json.dumps({**mark, "nbytes": nbytes, "manifest": rows}, indent=1) + "\n")
-    return Conversion(out, to, nbytes, tuple(manifest))
+        lists = {"manifest": [asdict(row) for row in manifest], "casts": [asdict(cast) for cast in casts]}
+        (folder / MARK).write_text(json.dumps({**mark, "nbytes": nbytes, **lists}, indent=1) + "\n")
+    return Conversion(out, to, nbytes, tuple(manifest), tuple(casts))
 
 
 def _write_config(
@@ -134,25 +144,55 @@ def _write_tensors(
     manifest: Sequence[ManifestRow],
     precision: Precision,
     dtype: torch.dtype,
+    overflow: str | None,
     path: Path,
     progress: Progress | None,
-) -> None:
+) -> list[CastReport]:
     declared: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     for row in manifest:
         quantized = not precision.cast and row.reason is None
         as_kept = {row.tensor: (dtype, row.shape)}
         declared |= compressed_tensors.stored_tensors(row.tensor, row.shape, dtype) if quantized else as_kept
+    casts: list[CastReport] = []
+    refused: dict[str, float] = {}
     done, total = 0, sum(row.nbytes for row in manifest)
     with SafetensorsWriter(path, ((name, *what) for name, what in declared.items())) as writer:
         for row in manifest:
             tensor = source.read(row.tensor)
-            if precision.cast or row.reason is not None:
+            if precision.cast:
+                values, report = cast_and_report(row.tensor, tensor, precision.name, overflow)
+                casts.append(report)
+                if report.overflowed and overflow is None:
+                    refused[row.tensor] = _largest_finite(tensor)
+                if not refused:  # else the rest is only looked at, to name all that overflows
+                    writer.write(row.tensor, values)
+            elif row.reason is not None:
                 writer.write(row.tensor, cast_weight(row.tensor, tensor, dtype))
             else:
                 _write_quantized(writer, row.tensor, tensor, dtype)
             done += row.nbytes
             if progress is not None:
                 progress(done, total)
+        if refused:
+            raise FewbitsError(_why_refused(refused, precision))
+    return casts
+
+
+def _largest_finite(tensor: Tensor) -> float:
+    return tensor.abs().nan_to_num(nan=0, posinf=0).max().item()
+
+
+def _why_refused(beyond: dict[str, float], precision: Precision) -> str:
+    (first, value), *others = beyond.items()
+    wider = {"fp16": "use bf16 or fp32, or ", "bf16": "use fp32, or "}.get(precision.name, "")
+    message = (
+        f"{first}: {value:.6g} is beyond {precision.name}, whose largest number is {float(precision.weights.max):.6g}; "
+        f"{wider}overflow='saturate' to take that number"
+    )
+    if not others:
+        return message
+    names = ", ".join(name for name, _ in others[:_NAMED]) + (", …" if len(others) > _NAMED else "")
+    return f"{message}. As many as {len(beyond)} tensors overflow: also {names}"
 
 
 def _write_quantized(writer: SafetensorsWriter, name: str, weight: Tensor, dtype: torch.dtype) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
@@ -16,6 +17,7 @@ from fewbits.report.grouping import ManifestLike, group_rows
 if TYPE_CHECKING:  # these modules import torch, which has no place here at run time
     from fewbits.measure.compare import Comparison, Row
     from fewbits.measure.machine import Machine
+    from fewbits.tensors.cast_report import CastReport
 
 _UNITS = ("KiB", "MiB", "GiB", "TiB", "PiB")
 
@@ -116,6 +118,57 @@ def _manifest_caption(rows: Sequence[ManifestLike]) -> str:
         by_format[row.format] = by_format.get(row.format, 0) + row.nbytes
     parts = ", ".join(f"{human_bytes(nbytes)} in {name}" for name, nbytes in by_format.items())
     return f"{len(rows)} tensors, {total}: {parts}" if rows else "no tensors"
+
+
+@dataclass(frozen=True)
+class _CastRow:
+    """A cast tensor as a row that groups by its name alone."""
+
+    cast: CastReport
+    shape: tuple[int, ...] = ()
+    format: str = ""
+    nbytes: int = 0
+    reason: str | None = None
+
+    @property
+    def module(self) -> str:
+        return self.cast.tensor.removesuffix(".weight")
+
+
+def cast_table(casts: Iterable[CastReport]) -> Group:
+    """What a cast did: the tensors in which values overflowed, became subnormal or became zero, and totals.
+
+    Equal layers share a line, which adds their counts and shows their largest errors.
+    """
+    casts = list(casts)
+    table = _table()
+    table.add_column("module", overflow="fold")
+    for heading in ("values", "over-\nflowed", "sub-\nnormal", "to zero", "largest\nerror", "relative"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    told = [_CastRow(cast) for cast in casts if cast.overflowed or cast.subnormal or cast.zeroed]
+    for name, rows in group_rows(told):
+        members = [row.cast for row in rows]
+        counts = [sum(getattr(cast, field) for cast in members) for field in ("values", *_FATES)]
+        errors = [max(getattr(cast, f"max_{kind}_error") for cast in members) for kind in ("abs", "rel")]
+        cells = *(f"{count:,}" if count else "-" for count in counts), *(f"{error:.2g}" for error in errors)
+        table.add_row(Text(name), *cells, style="bold red" if counts[1] else None)
+    caption = Text(_cast_caption(casts), style="bold")
+    return Group(table, caption) if told else Group(caption)
+
+
+_FATES = {"overflowed": "overflowed", "subnormal": "became subnormal", "zeroed": "became zero"}
+
+
+def _cast_caption(casts: Sequence[CastReport]) -> str:
+    values = sum(cast.values for cast in casts)
+    worst = max(casts, key=lambda cast: cast.max_abs_error, default=None)
+    start = f"{len(casts)} tensors, {values:,} values: "
+    if worst is None or not (worst.max_abs_error or any(cast.overflowed for cast in casts)):
+        return f"{start}all kept exactly"
+    fates = [(sum(getattr(cast, field) for cast in casts), what) for field, what in _FATES.items()]
+    counted = ", ".join(f"{count:,} {what}" for count, what in fates if count) or "all in the normal range"
+    relative = max(cast.max_rel_error for cast in casts)
+    return f"{start}{counted}; largest error {worst.max_abs_error:.2g} ({worst.tensor}), relative {relative:.2g}"
 
 
 def machine_table(machine: Machine) -> Table:
