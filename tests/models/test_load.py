@@ -18,6 +18,8 @@ from transformers import AutoModelForCausalLM as Theirs
 import fewbits
 from fewbits.errors import FewbitsError
 from fewbits.models.linear import QuantHead, QuantLinear
+from fewbits.models.safetensors_writer import SafetensorsWriter
+from fewbits.models.source import open_source
 
 WEIGHTS = "model.safetensors"
 IDS = torch.arange(3, 67).view(2, 32)
@@ -81,6 +83,21 @@ def test_what_is_stored_wider_than_the_model_says(save_tiny: Callable, tmp_path:
     configure(tmp_path / "model", dtype=stored)
     fewbits.convert(tmp_path / "model", tmp_path / "int8")
     assert torch.equal(logits(load(tmp_path / "model", precision="int8")), logits(load(tmp_path / "int8")))
+
+
+def test_tensors_may_come_in_any_order(save_tiny: Callable, tmp_path: Path) -> None:
+    save_tiny(tmp_path / "model", "qwen2", tie_word_embeddings=True)
+    expected = logits(load(tmp_path / "model", precision="int8"))
+    stored = dict(reversed(load_file(tmp_path / "model" / WEIGHTS).items()))
+    (tmp_path / "model" / WEIGHTS).unlink()
+    declared = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in stored.items()]
+    with SafetensorsWriter(tmp_path / "model" / WEIGHTS, declared) as writer:
+        for name, tensor in stored.items():
+            writer.write(name, tensor)
+    order = list(open_source(tmp_path / "model").tensors)
+    weight, bias = (order.index(f"model.layers.0.self_attn.q_proj.{leaf}") for leaf in ("weight", "bias"))
+    assert weight < bias, "a layer is made before its bias comes"
+    assert torch.equal(logits(load(tmp_path / "model", precision="int8")), expected)
 
 
 def test_int8_layers_stay_int8(tiny_int8: Path) -> None:
