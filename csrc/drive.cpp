@@ -58,4 +58,12 @@ void int8_matmul(Int8Matmul job, int threads) {
                   [&](int64_t begin, int64_t end) { kernels.int8_matmul(job, begin, end); });
 }
 
+void int8_linear(const float* x, const int8_t* packed, const float* channel_scales, const float* bias, float* out,
+                 int64_t M, int64_t N, int64_t K, int threads) {
+  const std::unique_ptr<int8_t[]> codes(new int8_t[static_cast<size_t>(M * K)]);
+  const std::unique_ptr<float[]> scales(new float[static_cast<size_t>(M)]);
+  quantize_per_token(x, M, K, codes.get(), scales.get(), threads);
+  int8_matmul({codes.get(), scales.get(), packed, channel_scales, bias, out, M, N, K, nullptr}, threads);
+}
+
 }  // namespace fewbits

@@ -8,6 +8,8 @@ namespace fewbits {
 void quantize_per_token(const float* x, int64_t M, int64_t K, int8_t* codes, float* scales, int threads);
 void pack_int8(const int8_t* weight, int64_t N, int64_t K, int8_t* packed, int threads);
 void int8_matmul(Int8Matmul job, int threads);  // job.tiles is allocated here
+void int8_linear(const float* x, const int8_t* packed, const float* channel_scales, const float* bias, float* out,
+                 int64_t M, int64_t N, int64_t K, int threads);
 
 // x is float32, or 16-bit floats of the format `source`; results are float32, or narrowed to 16 bits by `narrow`.
 // With `nibbles` two codes of 4 bits share a byte, and count is even.

@@ -41,6 +41,7 @@ def test_ops_are_bit_equal_to_their_references(m: int, k: int, n: int) -> None:
     for some_bias in (None, bias):
         found = ops.int8_matmul(codes, scales, packed, channel_scales, some_bias)
         assert_same_bits(found, reference.int8_matmul(codes, scales, packed, channel_scales, some_bias))
+        assert_same_bits(ops.int8_linear(x, packed, channel_scales, some_bias), found)
 
 
 @settings(deadline=None, max_examples=60)
@@ -168,6 +169,8 @@ def test_ops_pass_the_checks_of_torch() -> None:
     for some_bias in (None, bias):
         arguments = (codes, scales, pack_int8(weight), channel_scales, some_bias)
         torch.library.opcheck(torch.ops.fewbits.int8_matmul.default, arguments, test_utils=tests)
+        arguments = (x, pack_int8(weight), channel_scales, some_bias)
+        torch.library.opcheck(torch.ops.fewbits.int8_linear.default, arguments, test_utils=tests)
 
 
 def test_wrong_tensors_are_named() -> None:
@@ -179,6 +182,8 @@ def test_wrong_tensors_are_named() -> None:
         (lambda: ops.quantize_per_token(x[:, :0]), r"x: \[..., K\] with K > 0 is needed, got \[3, 0\]"),
         (lambda: ops.int8_matmul(x, scales, packed, channel_scales), "codes: int8 .* got torch.float32"),
         (lambda: ops.int8_matmul(codes, scales, weight, channel_scales), "packed: .* pack_int8 makes it"),
+        (lambda: ops.int8_linear(x.half(), packed, channel_scales), "x: float32 is needed, got torch.float16"),
+        (lambda: ops.int8_linear(x, packed[:, 1:], channel_scales), "packed: contiguous int8"),
         (lambda: ops.int8_matmul(codes, scales[:2], packed, channel_scales), r"token_scales: float32 \[3, 1\]"),
         (lambda: ops.int8_matmul(codes, scales, packed, channel_scales[None]), r"channel_scales: float32 \[1\]"),
         (lambda: ops.int8_matmul(codes, scales, packed, channel_scales, bias[:4]), r"bias: float32 \[5\]"),

@@ -109,7 +109,8 @@ def nvfp4_encode(
     x = x.contiguous()
     levels = [float(fmt.magnitude(code)) for code in range(fmt.max_code + 1)]
     native.module().nvfp4_encode(
-        x.data_ptr(), *x.shape, _codec(Format.named(fmt.block.scale)), fmt.block.size, levels[-1], tensor_scale,
+        x.data_ptr(), *x.shape, _rounder(fmt.element, rounding, Overflow.SATURATE, 0),
+        _codec(Format.named(fmt.block.scale)), fmt.block.size, levels[-1], tensor_scale,
         tuple((low + high) / 2 for low, high in pairwise(levels)), codes.data_ptr(), scales.data_ptr(),
         torch.get_num_threads(),
     )  # fmt: skip

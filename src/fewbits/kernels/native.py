@@ -81,6 +81,18 @@ def pack_int8(out: Tensor, weight: Tensor) -> Tensor:
     return out
 
 
+def int8_linear(out: Tensor, x: Tensor, packed: Tensor, channel_scales: Tensor, bias: Tensor | None) -> Tensor:
+    """Fill ``out``, contiguous, of the right shape; see ``ops.int8_linear``."""
+    x, channel_scales = x.contiguous(), channel_scales.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    N, K = out.shape[-1], x.shape[-1]
+    _native.int8_linear(
+        x.data_ptr(), packed.data_ptr(), channel_scales.data_ptr(), 0 if bias is None else bias.data_ptr(),
+        out.data_ptr(), x.numel() // K, N, K, torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
 def int8_matmul(
     out: Tensor, codes: Tensor, token_scales: Tensor, packed: Tensor, channel_scales: Tensor, bias: Tensor | None
 ) -> Tensor:

@@ -26,3 +26,8 @@ def int8_matmul(
     sums = codes.double() @ weight.double().T
     out = sums.float() * token_scales * channel_scales
     return out if bias is None else out + bias
+
+
+def int8_linear(x: Tensor, packed: Tensor, channel_scales: Tensor, bias: Tensor | None) -> Tensor:
+    """See ``fewbits.kernels.ops.int8_linear``."""
+    return int8_matmul(*quantize_per_token(x), packed, channel_scales, bias)

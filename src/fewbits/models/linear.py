@@ -34,8 +34,7 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Quantize each token, multiply in int8, scale."""
-        codes, token_scales = ops.quantize_per_token(x.float())
-        return ops.int8_matmul(codes, token_scales, self.packed, self.channel_scales, self.bias).to(x.dtype)
+        return ops.int8_linear(x.float(), self.packed, self.channel_scales, self.bias).to(x.dtype)
 
     def quantized_weight(self) -> QuantizedTensor:
         """The weight as codes ``[N, K]`` and scales ``[N, 1]``."""
