@@ -20,6 +20,7 @@ NB_MODULE(_native, m) {
   m.def("isa", [] { return fewbits::chosen().kernels->name; });
   m.def("reason", [] { return fewbits::chosen().reason; });
   m.def("has_pool", &fewbits::has_pool);
+  m.def("advise_huge_pages", [](uintptr_t to, size_t bytes) { fewbits::advise_huge_pages(at<void>(to), bytes); });
 
   m.def(
       "quantize_per_token",
@@ -81,7 +82,7 @@ NB_MODULE(_native, m) {
       "decode",
       [](uintptr_t codes, const Codec& codec, int64_t count, bool nibbles, const Rounder* narrow, uintptr_t out,
          int threads) {
-        fewbits::decode(at<const void>(codes), codec, count, nibbles, narrow, at<void>(out), threads);
+        return fewbits::decode(at<const void>(codes), codec, count, nibbles, narrow, at<void>(out), threads);
       },
       "codes"_a, "codec"_a, "count"_a, "nibbles"_a, "narrow"_a.none(), "out"_a, "threads"_a,
       nb::call_guard<nb::gil_scoped_release>());

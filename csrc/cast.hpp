@@ -57,7 +57,7 @@ struct RandomKey {
   RandomKey(const Rounder& rounder, uint64_t position)
       : low(static_cast<uint32_t>(rounder.key) + static_cast<uint32_t>(position)),
         high(static_cast<uint32_t>(rounder.key >> 32) + static_cast<uint32_t>(position >> 32) * 0x9E3779B9u) {}
-  uint32_t word(int64_t i) const { return fewbits::mix32(fewbits::mix32(low + static_cast<uint32_t>(i)) ^ high); }
+  uint32_t word(int64_t i) const { return fewbits::random_word(low + static_cast<uint32_t>(i), high); }
   uint32_t low, high;
 };
 
@@ -224,16 +224,19 @@ void encode_floats(const float* x, int64_t count, void* codes, const Rounder& ro
   encode_as(x, count, static_cast<uint16_t*>(codes), rounder, position);
 }
 
-// Values must be float32 values, smallest normal at least 2^-126: the caller checks.
+// Returns the bits that any code has. Values must be float32 values, smallest normal at least 2^-126: the caller
+// checks.
 template <int kSign, bool kFloatExponents, class Code>
-void decode_loop(const Code* __restrict codes, int64_t count, float* __restrict out, const Codec& f) {
+uint32_t decode_loop(const Code* __restrict codes, int64_t count, float* __restrict out, const Codec& f) {
   const int32_t magnitude_mask = f.sign == Codec::kUnsigned ? (1 << f.bits) - 1 : (1 << (f.bits - 1)) - 1;
   const int32_t up = kFloatMantissa - f.mantissa_bits;
   const int32_t rebias = (f.emin - 1 + 127) * (1 << kFloatMantissa);
   const float step = std::bit_cast<float>((f.emin - f.mantissa_bits + 127) * (1 << kFloatMantissa));
   const int32_t sign_bits = 32 - f.bits;
+  uint32_t seen = 0;
   for (int64_t i = 0; i < count; ++i) {
     const int32_t code = codes[i];
+    seen |= static_cast<uint32_t>(code);
     if constexpr (kSign == Codec::kTwosComplement) {
       const int32_t value = static_cast<int32_t>(static_cast<uint32_t>(code) << sign_bits) >> sign_bits;
       out[i] = static_cast<float>(value) * step;
@@ -250,19 +253,20 @@ void decode_loop(const Code* __restrict codes, int64_t count, float* __restrict 
     bits = (magnitude > f.nan_above) | (code == f.nan_exactly) ? 0x7FC00000 : bits;
     out[i] = std::bit_cast<float>(bits);
   }
+  return seen;
 }
 
 template <class Code>
-void decode_as(const Code* codes, int64_t count, float* out, const Codec& f) {
+uint32_t decode_as(const Code* codes, int64_t count, float* out, const Codec& f) {
   if (f.sign == Codec::kTwosComplement) return decode_loop<Codec::kTwosComplement, false>(codes, count, out, f);
   if (f.sign == Codec::kUnsigned) return decode_loop<Codec::kUnsigned, false>(codes, count, out, f);
   if (f.emin == -126) return decode_loop<Codec::kMagnitude, true>(codes, count, out, f);
-  decode_loop<Codec::kMagnitude, false>(codes, count, out, f);
+  return decode_loop<Codec::kMagnitude, false>(codes, count, out, f);
 }
 
-void decode_codes(const void* codes, int64_t count, float* out, const Codec& f) {
+uint32_t decode_codes(const void* codes, int64_t count, float* out, const Codec& f) {
   if (f.code_bytes() == 1) return decode_as(static_cast<const uint8_t*>(codes), count, out, f);
-  decode_as(static_cast<const uint16_t*>(codes), count, out, f);
+  return decode_as(static_cast<const uint16_t*>(codes), count, out, f);
 }
 
 // Two 4-bit codes to a byte, the first one low:  | code 1 | code 0 |  | code 3 | code 2 |  …

@@ -58,10 +58,11 @@ struct Nvfp4Format {
 };
 
 // An element's random word depends on the key and its position alone: the same bits for any thread count.
-inline uint32_t mix32(uint32_t word) {  // lowbias32 by Christopher Wellons
+// lowbias32 by Christopher Wellons, with a second key between its two rounds.
+inline uint32_t random_word(uint32_t word, uint32_t key) {
   word ^= word >> 16;
   word *= 0x7FEB352Du;
-  word ^= word >> 15;
+  word ^= (word >> 15) ^ key;
   word *= 0x846CA68Bu;
   return word ^ (word >> 16);
 }

@@ -15,8 +15,9 @@ void int8_linear(const float* x, const int8_t* packed, const float* channel_scal
 // With `nibbles` two codes of 4 bits share a byte, and count is even.
 void encode(const void* x, const Codec* source, int64_t count, const Rounder& rounder, bool nibbles, void* codes,
             int threads);
-void decode(const void* codes, const Codec& codec, int64_t count, bool nibbles, const Rounder* narrow, void* out,
-            int threads);
+// decode returns the bits that any code has: 2^bits or more means that one was out of range.
+int32_t decode(const void* codes, const Codec& codec, int64_t count, bool nibbles, const Rounder* narrow, void* out,
+               int threads);
 void round(const void* x, const Codec* source, int64_t count, const Rounder& rounder, const Rounder* narrow, void* out,
            int threads);
 

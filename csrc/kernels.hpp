@@ -51,9 +51,10 @@ struct Kernels {
   void (*int8_pack_rows)(const Int8Matmul& job, int64_t begin, int64_t end);
   // Output tiles [begin, end), counted panel by panel, row tile by row tile.
   void (*int8_matmul)(const Int8Matmul& job, int64_t begin, int64_t end);
-  // float32 -> codes, position of the first one in its tensor; codes -> float32; memcpy past the caches.
+  // float32 -> codes, position of the first one in its tensor; codes -> float32, and the bits that
+  // any code has; memcpy past the caches.
   void (*encode_floats)(const float* x, int64_t count, void* codes, const Rounder& rounder, uint64_t position);
-  void (*decode_codes)(const void* codes, int64_t count, float* out, const Codec& codec);
+  uint32_t (*decode_codes)(const void* codes, int64_t count, float* out, const Codec& codec);
   // A run of whole blocks, the last one perhaps short -> codes, one scale code a block.
   void (*mx_encode)(const float* x, int64_t count, const MxFormat& format, uint8_t* codes, uint8_t* scales);
   void (*nvfp4_encode)(const float* x, int64_t count, const Nvfp4Format& format, uint8_t* codes, uint8_t* scales);

@@ -9,7 +9,7 @@ from fewbits.tensors.random import random_words
 
 def test_the_bits_are_fixed_for_ever():
     # A change of the generator would change every stochastic result; it needs a major version.
-    assert random_words(0, torch.arange(3)).tolist() == [2133699716, 379535711, 2825842526]
+    assert random_words(0, torch.arange(3)).tolist() == [795451481, 2047840078, 567031172]
 
 
 def test_the_same_seed_gives_the_same_bits_for_any_thread_count():

@@ -48,17 +48,17 @@ def encode(
 def decode(codes: Tensor, fmt: Format, out: Tensor, packed: bool = False) -> Tensor | None:
     """Fill ``out``, contiguous, float32, bfloat16 or float16, with what the codes mean, as many as it has elements.
 
-    Codes are uint8 to 8 bits and uint16 to 16, in range, on the CPU; a value that ``out`` cannot hold is rounded to
-    nearest even.
+    Codes are uint8 to 8 bits and uint16 to 16, on the CPU; a value that ``out`` cannot hold is rounded to nearest even.
+    With a code out of range the answer is None too, and what ``out`` holds then has no meaning.
     """
     stored = torch.uint8 if fmt.bits <= 8 else torch.uint16
     if not (_runs(codes) and _decodes(fmt)) or codes.dtype != stored or out.dtype not in _DTYPES:
         return None
     codes = codes.contiguous()
-    native.module().decode(
+    seen: int = native.module().decode(
         codes.data_ptr(), _codec(fmt), out.numel(), packed, _narrow(out.dtype), out.data_ptr(), torch.get_num_threads()
     )
-    return out
+    return out if seen < 1 << fmt.bits else None
 
 
 def round_to(x: Tensor, fmt: Format, rounding: Rounding, overflow: Overflow, key: int, out: Tensor) -> Tensor | None:

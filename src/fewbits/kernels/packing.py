@@ -43,7 +43,8 @@ def pack_int8(weight: Tensor) -> Tensor:
     N, K = weight.shape
     if K > MAX_FEATURES:
         raise FewbitsError(f"weight: K = {K} input features, at most {MAX_FEATURES} fit an int32 sum; split the layer")
-    packed = weight.new_empty(-(-N // CHANNELS), 1 + -(-K // GROUP), CHANNELS * GROUP)
+    shape = (-(-N // CHANNELS), 1 + -(-K // GROUP), CHANNELS * GROUP)
+    packed = native.empty(shape, torch.int8, weight.device)
     if native.status().loaded and weight.device.type == "cpu":
         return native.pack_int8(packed, weight)
     return reference_pack_int8(packed, weight)

@@ -165,9 +165,10 @@ def decode(
         if kernels.decode(codes, fmt, out, packed=True) is not None:
             return out
         codes = unpack_codes(codes)
-    check_codes(codes, fmt)
+    check_codes(codes, fmt, in_range=False)
     out = place(out, codes, dtype, codes.shape)
     if kernels.decode(codes, fmt, out) is None:
+        check_codes(codes, fmt)
         flat, values = codes.reshape(-1), out.view(-1)
         for part in _chunks(flat):
             values[part] = to_values(flat[part], fmt, dtype)

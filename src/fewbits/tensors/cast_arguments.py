@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fewbits.errors import FewbitsError
 from fewbits.formats import Format, Overflow, Rounding, ScaleRule
+from fewbits.kernels import native
 from fewbits.tensors.block import BlockCodes
 from fewbits.tensors.codes import How
 from fewbits.tensors.packing import packed_shape
@@ -81,13 +82,13 @@ def check_blocks(blocks: BlockCodes, fmt: Format) -> None:
         raise FewbitsError(f"decode from {fmt.name}: the format {needs} tensor_scale; take what encode returned")
 
 
-def check_codes(codes: Tensor, fmt: Format) -> None:
-    """Refuse codes that are no integers or out of range."""
+def check_codes(codes: Tensor, fmt: Format, *, in_range: bool = True) -> None:
+    """Refuse codes that are no integers, or (with ``in_range``) that the format does not have."""
     if not isinstance(codes, Tensor) or codes.dtype.is_floating_point or codes.dtype.is_complex:
         what = codes.dtype if isinstance(codes, Tensor) else type(codes).__name__
         raise FewbitsError(f"decode from {fmt.name} takes codes of an integer dtype, not {what}")
     unsigned = codes.dtype in SIGNED
-    if not codes.numel() or (unsigned and codes.dtype.itemsize * 8 <= fmt.bits):
+    if not in_range or not codes.numel() or (unsigned and codes.dtype.itemsize * 8 <= fmt.bits):
         return
     low, high = (int(bound) for bound in codes.to(torch.int64).aminmax())
     if low < 0 or high >= 1 << fmt.bits:
@@ -109,7 +110,7 @@ def unpacked_shape(codes: Tensor, fmt: Format) -> tuple[int, ...]:
 def place(out: Tensor | None, like: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
     """Where the result goes: ``out``, checked, or a new tensor on the device of ``like``."""
     if out is None:
-        return torch.empty(shape, dtype=dtype, device=like.device)
+        return native.empty(shape, dtype, like.device)
     if out.shape != shape or out.dtype != dtype or out.device != like.device or not out.is_contiguous():
         raise FewbitsError(
             f"out: a contiguous {dtype} tensor of shape {tuple(shape)} on {like.device} is needed, "

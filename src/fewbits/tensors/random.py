@@ -17,9 +17,9 @@ _GOLDEN = 0x9E3779B9  # 2^32 / the golden ratio: spreads the high halves of the 
 def random_words(seed: int, positions: Tensor) -> Tensor:
     """One 32-bit random word for each position.
 
-    Two rounds of the integer hash lowbias32 (Christopher Wellons, "Prospecting for Hash Functions", 2018), with a
-    32-bit key before each. The keys are the halves of the seed, mixed as splitmix64 does (Steele, Lea, Flood,
-    OOPSLA 2014), so that neighbouring seeds are unrelated.
+    The integer hash lowbias32 (Christopher Wellons, "Prospecting for Hash Functions", 2018) of position and key, with
+    a second key between its two rounds. The keys are the halves of the seed, mixed as splitmix64 does (Steele, Lea,
+    Flood, OOPSLA 2014), so that neighbouring seeds are unrelated.
 
     Args:
         seed: 0 to 2^64 - 1.
@@ -33,9 +33,13 @@ def random_words(seed: int, positions: Tensor) -> Tensor:
     """
     key = key_of(seed)
     word = ((positions & _MASK) + (key & _MASK)) & _MASK
-    word = _lowbias32(word)
-    word ^= ((positions >> 32) * _GOLDEN + (key >> 32)) & _MASK
-    return _lowbias32(word)
+    between = ((positions >> 32) * _GOLDEN + (key >> 32)) & _MASK
+    # Words are held in int64; a product may wrap at 64 bits, its low 32 bits are right all the same.
+    word = word ^ (word >> 16)
+    word = (word * 0x7FEB352D) & _MASK
+    word = word ^ (word >> 15) ^ between
+    word = (word * 0x846CA68B) & _MASK
+    return word ^ (word >> 16)
 
 
 def key_of(seed: int) -> int:
@@ -52,15 +56,6 @@ def check_seed(seed: int) -> int:
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 64:
         raise FewbitsError(f"seed {seed!r} is out of range: take an integer from 0 to 2^64 - 1")
     return seed
-
-
-def _lowbias32(word: Tensor) -> Tensor:
-    """Mix 32-bit words held in int64; a product may wrap at 64 bits, its low 32 bits are right all the same."""
-    word = word ^ (word >> 16)
-    word = (word * 0x7FEB352D) & _MASK
-    word = word ^ (word >> 15)
-    word = (word * 0x846CA68B) & _MASK
-    return word ^ (word >> 16)
 
 
 def _splitmix64(seed: int) -> int:
