@@ -20,7 +20,6 @@ NB_MODULE(_native, m) {
   m.def("isa", [] { return fewbits::chosen().kernels->name; });
   m.def("reason", [] { return fewbits::chosen().reason; });
   m.def("has_pool", &fewbits::has_pool);
-  m.def("advise_huge_pages", [](uintptr_t to, size_t bytes) { fewbits::advise_huge_pages(at<void>(to), bytes); });
 
   m.def(
       "quantize_per_token",
@@ -72,25 +71,27 @@ NB_MODULE(_native, m) {
 
   m.def(
       "encode",
-      [](uintptr_t x, const Codec* source, int64_t count, const Rounder& rounder, bool nibbles, uintptr_t codes,
-         int threads) {
-        fewbits::encode(at<const void>(x), source, count, rounder, nibbles, at<void>(codes), threads);
+      [](uintptr_t x, const Codec* source, int64_t count, const Rounder& rounder, bool nibbles, bool fresh,
+         uintptr_t codes, int threads) {
+        fewbits::encode(at<const void>(x), source, count, rounder, nibbles, fresh, at<void>(codes), threads);
       },
-      "x"_a, "source"_a.none(), "count"_a, "rounder"_a, "nibbles"_a, "codes"_a, "threads"_a,
+      "x"_a, "source"_a.none(), "count"_a, "rounder"_a, "nibbles"_a, "fresh"_a, "codes"_a, "threads"_a,
       nb::call_guard<nb::gil_scoped_release>());
   m.def(
       "decode",
-      [](uintptr_t codes, const Codec& codec, int64_t count, bool nibbles, const Rounder* narrow, uintptr_t out,
-         int threads) {
-        return fewbits::decode(at<const void>(codes), codec, count, nibbles, narrow, at<void>(out), threads);
+      [](uintptr_t codes, const Codec& codec, int64_t count, bool nibbles, const Rounder* narrow, bool fresh,
+         uintptr_t out, int threads) {
+        return fewbits::decode(at<const void>(codes), codec, count, nibbles, narrow, fresh, at<void>(out), threads);
       },
-      "codes"_a, "codec"_a, "count"_a, "nibbles"_a, "narrow"_a.none(), "out"_a, "threads"_a,
+      "codes"_a, "codec"_a, "count"_a, "nibbles"_a, "narrow"_a.none(), "fresh"_a, "out"_a, "threads"_a,
       nb::call_guard<nb::gil_scoped_release>());
   m.def(
       "round",
-      [](uintptr_t x, const Codec* source, int64_t count, const Rounder& rounder, const Rounder* narrow, uintptr_t out,
-         int threads) { fewbits::round(at<const void>(x), source, count, rounder, narrow, at<void>(out), threads); },
-      "x"_a, "source"_a.none(), "count"_a, "rounder"_a, "narrow"_a.none(), "out"_a, "threads"_a,
+      [](uintptr_t x, const Codec* source, int64_t count, const Rounder& rounder, const Rounder* narrow, bool fresh,
+         uintptr_t out, int threads) {
+        fewbits::round(at<const void>(x), source, count, rounder, narrow, fresh, at<void>(out), threads);
+      },
+      "x"_a, "source"_a.none(), "count"_a, "rounder"_a, "narrow"_a.none(), "fresh"_a, "out"_a, "threads"_a,
       nb::call_guard<nb::gil_scoped_release>());
 
   m.def(

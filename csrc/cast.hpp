@@ -226,13 +226,13 @@ void encode_floats(const float* x, int64_t count, void* codes, const Rounder& ro
 
 // Returns the bits that any code has. Values must be float32 values, smallest normal at least 2^-126: the caller
 // checks.
-template <int kSign, bool kFloatExponents, class Code>
+template <int kSign, bool kFloatExponents, bool kInf, class Code>
 uint32_t decode_loop(const Code* __restrict codes, int64_t count, float* __restrict out, const Codec& f) {
   const int32_t magnitude_mask = f.sign == Codec::kUnsigned ? (1 << f.bits) - 1 : (1 << (f.bits - 1)) - 1;
   const int32_t up = kFloatMantissa - f.mantissa_bits;
   const int32_t rebias = (f.emin - 1 + 127) * (1 << kFloatMantissa);
   const float step = std::bit_cast<float>((f.emin - f.mantissa_bits + 127) * (1 << kFloatMantissa));
-  const int32_t sign_bits = 32 - f.bits;
+  const int32_t sign_bits = 32 - f.bits, smallest_normal = 1 << f.mantissa_bits;
   uint32_t seen = 0;
   for (int64_t i = 0; i < count; ++i) {
     const int32_t code = codes[i];
@@ -246,22 +246,31 @@ uint32_t decode_loop(const Code* __restrict codes, int64_t count, float* __restr
     int32_t bits = (magnitude << up) + (kFloatExponents ? 0 : rebias);
     if constexpr (!kFloatExponents) {
       const int32_t small = std::bit_cast<int32_t>(static_cast<float>(magnitude) * step);
-      bits = magnitude >> f.mantissa_bits == 0 ? small : bits;
+      bits = magnitude < smallest_normal ? small : bits;
     }
-    bits = magnitude == f.inf_code ? kFloatInf : bits;
+    if constexpr (kInf) bits = magnitude == f.inf_code ? kFloatInf : bits;
     if constexpr (kSign == Codec::kMagnitude) bits |= code > magnitude_mask ? INT32_MIN : 0;
-    bits = (magnitude > f.nan_above) | (code == f.nan_exactly) ? 0x7FC00000 : bits;
+    int32_t is_nan = magnitude > f.nan_above ? 1 : 0;
+    if constexpr (kInf) is_nan |= code == f.nan_exactly ? 1 : 0;
+    bits = is_nan ? 0x7FC00000 : bits;
     out[i] = std::bit_cast<float>(bits);
   }
   return seen;
 }
 
+template <int kSign, bool kFloatExponents, class Code>
+uint32_t decode_signed(const Code* codes, int64_t count, float* out, const Codec& f) {
+  const bool only_nan_above = f.inf_code < 0 && f.nan_exactly < 0;
+  return only_nan_above ? decode_loop<kSign, kFloatExponents, false>(codes, count, out, f)
+                        : decode_loop<kSign, kFloatExponents, true>(codes, count, out, f);
+}
+
 template <class Code>
 uint32_t decode_as(const Code* codes, int64_t count, float* out, const Codec& f) {
-  if (f.sign == Codec::kTwosComplement) return decode_loop<Codec::kTwosComplement, false>(codes, count, out, f);
-  if (f.sign == Codec::kUnsigned) return decode_loop<Codec::kUnsigned, false>(codes, count, out, f);
-  if (f.emin == -126) return decode_loop<Codec::kMagnitude, true>(codes, count, out, f);
-  return decode_loop<Codec::kMagnitude, false>(codes, count, out, f);
+  if (f.sign == Codec::kTwosComplement) return decode_loop<Codec::kTwosComplement, false, false>(codes, count, out, f);
+  if (f.sign == Codec::kUnsigned) return decode_signed<Codec::kUnsigned, false>(codes, count, out, f);
+  if (f.emin == -126) return decode_signed<Codec::kMagnitude, true>(codes, count, out, f);
+  return decode_signed<Codec::kMagnitude, false>(codes, count, out, f);
 }
 
 uint32_t decode_codes(const void* codes, int64_t count, float* out, const Codec& f) {

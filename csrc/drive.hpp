@@ -12,14 +12,15 @@ void int8_linear(const float* x, const int8_t* packed, const float* channel_scal
                  int64_t M, int64_t N, int64_t K, int threads);
 
 // x is float32, or 16-bit floats of the format `source`; results are float32, or narrowed to 16 bits by `narrow`.
+// `fresh` memory was never written: its pages come from the system as they are touched, and are in the caches then.
 // With `nibbles` two codes of 4 bits share a byte, and count is even.
-void encode(const void* x, const Codec* source, int64_t count, const Rounder& rounder, bool nibbles, void* codes,
-            int threads);
+void encode(const void* x, const Codec* source, int64_t count, const Rounder& rounder, bool nibbles, bool fresh,
+            void* codes, int threads);
 // decode returns the bits that any code has: 2^bits or more means that one was out of range.
-int32_t decode(const void* codes, const Codec& codec, int64_t count, bool nibbles, const Rounder* narrow, void* out,
-               int threads);
-void round(const void* x, const Codec* source, int64_t count, const Rounder& rounder, const Rounder* narrow, void* out,
-           int threads);
+int32_t decode(const void* codes, const Codec& codec, int64_t count, bool nibbles, const Rounder* narrow, bool fresh,
+               void* out, int threads);
+void round(const void* x, const Codec* source, int64_t count, const Rounder& rounder, const Rounder* narrow, bool fresh,
+           void* out, int threads);
 
 // x [M, K] -> codes [M, K], scales [M, ceil(K / size)].
 void mx_encode(const float* x, int64_t M, int64_t K, const MxFormat& format, uint8_t* codes, uint8_t* scales,

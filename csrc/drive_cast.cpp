@@ -12,10 +12,11 @@ constexpr int64_t kChunk = 2048;            // elements: 8 KiB as float32
 constexpr int64_t kBeyondCaches = 8 << 20;  // bytes of a result that would push everything else out of the caches
 constexpr int64_t kChunksWorthAThread = 16;
 
-// Where a result goes: straight to its place if it is small, else through a buffer and past the caches.
+// Where a result goes: straight to its place if it is small or fresh, else through a buffer and past the caches.
 class Place {
  public:
-  Place(void* to, int64_t bytes) : to_(static_cast<char*>(to)), past_caches_(bytes > kBeyondCaches) {}
+  Place(void* to, int64_t bytes, bool fresh)
+      : to_(static_cast<char*>(to)), past_caches_(bytes > kBeyondCaches && !fresh) {}
   template <class T>
   T* begin(int64_t offset, T* buffer) const {
     return past_caches_ ? buffer : reinterpret_cast<T*>(to_ + offset);
@@ -36,15 +37,6 @@ const float* floats(const void* x, const Codec* codec, int64_t first, int64_t co
   return buffer;
 }
 
-// Asks for what the next chunk will read while this one is computed: the processor's own prefetcher stops at each page.
-void prefetch(const void* from, int64_t bytes) {
-#if defined(__GNUC__)
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i, 0, 2);
-#else
-  (void)from, (void)bytes;
-#endif
-}
-
 template <class Work>
 void in_chunks(int64_t count, int threads, const Work& work) {
   const int64_t chunks = ceil_div(count, kChunk);
@@ -56,18 +48,17 @@ void in_chunks(int64_t count, int threads, const Work& work) {
 
 }  // namespace
 
-void encode(const void* x, const Codec* source, int64_t count, const Rounder& rounder, bool nibbles, void* codes,
-            int threads) {
+void encode(const void* x, const Codec* source, int64_t count, const Rounder& rounder, bool nibbles, bool fresh,
+            void* codes, int threads) {
   const int64_t code_bytes = rounder.codec.code_bytes();
   const auto bytes = [&](int64_t n) { return nibbles ? n / 2 : n * code_bytes; };
-  const Place place(codes, bytes(count));
+  const Place place(codes, bytes(count), fresh);
   in_chunks(count, threads, [&](int64_t first, int64_t n) {
     alignas(64) float values[kChunk];
     alignas(64) uint16_t buffer[kChunk];
     alignas(64) uint8_t single[kChunk], packed[kChunk / 2];
     const Kernels& kernels = *chosen().kernels;
     const float* from = floats(x, source, first, n, values);
-    prefetch(static_cast<const char*>(x) + (first + n) * (source ? 2 : 4), n * (source ? 2 : 4));
     if (nibbles) {
       kernels.encode_floats(from, n, single, rounder, static_cast<uint64_t>(first));
       kernels.pack_nibbles(single, n / 2, place.begin(bytes(first), packed));
@@ -98,16 +89,14 @@ void values_to(const Place& place, const Rounder* narrow, int64_t first, int64_t
 
 }  // namespace
 
-int32_t decode(const void* codes, const Codec& codec, int64_t count, bool nibbles, const Rounder* narrow, void* out,
-               int threads) {
+int32_t decode(const void* codes, const Codec& codec, int64_t count, bool nibbles, const Rounder* narrow, bool fresh,
+               void* out, int threads) {
   std::atomic<uint32_t> seen{0};
-  const Place place(out, count * (narrow ? 2 : 4));
+  const Place place(out, count * (narrow ? 2 : 4), fresh);
   const Kernels& kernels = *chosen().kernels;
   in_chunks(count, threads, [&](int64_t first, int64_t n) {
     alignas(64) uint8_t single[kChunk];
     const auto* from = static_cast<const uint8_t*>(codes) + (nibbles ? first / 2 : first * codec.code_bytes());
-    const int64_t bytes = nibbles ? n / 2 : n * codec.code_bytes();
-    prefetch(from + bytes, bytes);
     if (nibbles) {
       kernels.unpack_nibbles(from, n / 2, single);
       from = single;
@@ -119,14 +108,13 @@ int32_t decode(const void* codes, const Codec& codec, int64_t count, bool nibble
   return static_cast<int32_t>(seen.load());
 }
 
-void round(const void* x, const Codec* source, int64_t count, const Rounder& rounder, const Rounder* narrow, void* out,
-           int threads) {
-  const Place place(out, count * (narrow ? 2 : 4));
+void round(const void* x, const Codec* source, int64_t count, const Rounder& rounder, const Rounder* narrow, bool fresh,
+           void* out, int threads) {
+  const Place place(out, count * (narrow ? 2 : 4), fresh);
   const Kernels& kernels = *chosen().kernels;
   in_chunks(count, threads, [&](int64_t first, int64_t n) {
     alignas(64) float wide[kChunk];
     alignas(64) uint16_t codes[kChunk];
-    prefetch(static_cast<const char*>(x) + (first + n) * (source ? 2 : 4), n * (source ? 2 : 4));
     kernels.encode_floats(floats(x, source, first, n, wide), n, codes, rounder, static_cast<uint64_t>(first));
     values_to(place, narrow, first, n, [&](float* values) { kernels.decode_codes(codes, n, values, rounder.codec); });
   });

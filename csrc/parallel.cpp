@@ -1,7 +1,6 @@
 #include "parallel.hpp"
 
 #include <dlfcn.h>
-#include <sys/mman.h>
 
 namespace fewbits {
 namespace {
@@ -38,17 +37,6 @@ void run_part(void* data) {
 }  // namespace
 
 bool has_pool() { return pool().parallel && pool().thread && pool().threads; }
-
-void advise_huge_pages(void* to, size_t bytes) {
-#if defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kPage = 4096;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(to) + kPage - 1) / kPage * kPage;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(to) + bytes) / kPage * kPage;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-  (void)to, (void)bytes;
-#endif
-}
 
 void parallel_ranges(int threads, int64_t count, const std::function<void(int64_t, int64_t)>& work) {
   if (threads > count) threads = static_cast<int>(count);

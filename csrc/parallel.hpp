@@ -1,7 +1,6 @@
 // Threads: PyTorch's own OpenMP pool, so that its threads and ours never compete for the cores.
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
 #include <functional>
 
@@ -12,9 +11,5 @@ bool has_pool();
 
 // Calls work(begin, end) on up to `threads` threads with equal consecutive parts of [0, count).
 void parallel_ranges(int threads, int64_t count, const std::function<void(int64_t, int64_t)>& work);
-
-// Asks for huge pages under memory that is still untouched: a large new result is then filled without a page fault for
-// each 4 KiB of it, and read with fewer misses of the address cache. A wish; without effect where there are none.
-void advise_huge_pages(void* to, size_t bytes);
 
 }  // namespace fewbits

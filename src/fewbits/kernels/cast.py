@@ -22,7 +22,14 @@ _DTYPES = (torch.float32, *_NAMES)
 
 
 def encode(
-    x: Tensor, fmt: Format, rounding: Rounding, overflow: Overflow, key: int, codes: Tensor, packed: bool = False
+    x: Tensor,
+    fmt: Format,
+    rounding: Rounding,
+    overflow: Overflow,
+    key: int,
+    codes: Tensor,
+    packed: bool = False,
+    fresh: bool = False,
 ) -> Tensor | None:
     """Round to codes.
 
@@ -33,19 +40,21 @@ def encode(
         overflow: What becomes of values beyond the range.
         key: Of the random words of stochastic rounding; the word of an element depends on it and the position alone.
         codes: Filled and returned; contiguous, the shape of x, uint8 to 8 bits and uint16 to 16.
+        fresh: ``codes`` was never written: its pages come from the system as they are touched, so past the caches is no
+            shorter way for them.
         packed: Two 4-bit codes share a byte of ``codes``, the first one low; x has an even number of elements.
     """
     if not _runs(x) or not _encodes(fmt):
         return None
     x = x.contiguous()
     native.module().encode(
-        x.data_ptr(), _source(x.dtype), x.numel(), _rounder(fmt, rounding, overflow, key), packed,
+        x.data_ptr(), _source(x.dtype), x.numel(), _rounder(fmt, rounding, overflow, key), packed, fresh,
         codes.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return codes
 
 
-def decode(codes: Tensor, fmt: Format, out: Tensor, packed: bool = False) -> Tensor | None:
+def decode(codes: Tensor, fmt: Format, out: Tensor, packed: bool = False, fresh: bool = False) -> Tensor | None:
     """Fill ``out``, contiguous, float32, bfloat16 or float16, with what the codes mean, as many as it has elements.
 
     Codes are uint8 to 8 bits and uint16 to 16, on the CPU; a value that ``out`` cannot hold is rounded to nearest even.
@@ -56,18 +65,21 @@ def decode(codes: Tensor, fmt: Format, out: Tensor, packed: bool = False) -> Ten
         return None
     codes = codes.contiguous()
     seen: int = native.module().decode(
-        codes.data_ptr(), _codec(fmt), out.numel(), packed, _narrow(out.dtype), out.data_ptr(), torch.get_num_threads()
-    )
+        codes.data_ptr(), _codec(fmt), out.numel(), packed, _narrow(out.dtype), fresh, out.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
     return out if seen < 1 << fmt.bits else None
 
 
-def round_to(x: Tensor, fmt: Format, rounding: Rounding, overflow: Overflow, key: int, out: Tensor) -> Tensor | None:
+def round_to(
+    x: Tensor, fmt: Format, rounding: Rounding, overflow: Overflow, key: int, out: Tensor, fresh: bool = False
+) -> Tensor | None:
     """Fill ``out``, contiguous, of the shape and dtype of x, with x rounded to the format; arguments as ``encode``."""
     if not _runs(x) or not _encodes(fmt) or not _decodes(fmt):
         return None
     x = x.contiguous()
     native.module().round(
-        x.data_ptr(), _source(x.dtype), x.numel(), _rounder(fmt, rounding, overflow, key), _narrow(x.dtype),
+        x.data_ptr(), _source(x.dtype), x.numel(), _rounder(fmt, rounding, overflow, key), _narrow(x.dtype), fresh,
         out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return out

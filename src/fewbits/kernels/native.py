@@ -63,17 +63,6 @@ def module() -> Any:
     return _native
 
 
-_LARGE = 4 << 20  # bytes
-
-
-def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A new tensor, contiguous, not filled; a large one on the CPU asks for huge pages."""
-    tensor = torch.empty(shape, dtype=dtype, device=device)
-    if tensor.nbytes >= _LARGE and device.type == "cpu" and status().loaded:
-        _native.advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
-    return tensor
-
-
 def quantize_per_token(out: tuple[Tensor, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
     """Fill ``out`` (codes, scales), contiguous, of the right shapes; see ``ops.quantize_per_token``."""
     codes, scales = out

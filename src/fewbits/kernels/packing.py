@@ -44,7 +44,7 @@ def pack_int8(weight: Tensor) -> Tensor:
     if K > MAX_FEATURES:
         raise FewbitsError(f"weight: K = {K} input features, at most {MAX_FEATURES} fit an int32 sum; split the layer")
     shape = (-(-N // CHANNELS), 1 + -(-K // GROUP), CHANNELS * GROUP)
-    packed = native.empty(shape, torch.int8, weight.device)
+    packed = weight.new_empty(shape)
     if native.status().loaded and weight.device.type == "cpu":
         return native.pack_int8(packed, weight)
     return reference_pack_int8(packed, weight)

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from fewbits.formats import Format, Kind, Overflow, Rounding, ScaleRule
 from fewbits.kernels import cast as kernels
-from fewbits.kernels import native
 from fewbits.tensors.codes import CHUNK, How, to_codes, to_dtype, to_values
 from fewbits.tensors.random import positions_of, random_words
 
@@ -40,8 +39,8 @@ def block_codes(x: Tensor, fmt: Format, how: How, rule: ScaleRule) -> BlockCodes
     assert fmt.block is not None
     K = x.shape[-1]
     flat = x.reshape(x.numel() // K, K)
-    codes = native.empty(x.shape, torch.uint8, x.device)
-    scales = native.empty((*x.shape[:-1], -(-K // fmt.block.size)), torch.uint8, x.device)
+    codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
+    scales = torch.empty((*x.shape[:-1], -(-K // fmt.block.size)), dtype=torch.uint8, device=x.device)
     tensor_scale = _tensor_scale(flat, fmt, rule)
     if tensor_scale is None:
         done = kernels.mx_encode(flat, fmt, how.rounding, *_scale_limits(fmt, rule), codes, scales)

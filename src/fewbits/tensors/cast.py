@@ -83,10 +83,10 @@ def round_to(
         if out is not None:
             raise FewbitsError("out: x needs a gradient, which out cannot carry; leave out=None or pass x.detach()")
         return cast(Tensor, _StraightThrough.apply(x, fmt, how, rule, clip_gradient))  # type: ignore[no-untyped-call]
-    out = place(out, x, x.dtype, x.shape)
+    fresh, out = out is None, place(out, x, x.dtype, x.shape)
     if rule:
         return out.copy_(from_blocks(block_codes(x, fmt, how, rule), fmt, x.dtype))
-    if kernels.round_to(x, fmt, how.rounding, how.overflow, _key(how), out) is not None:
+    if kernels.round_to(x, fmt, how.rounding, how.overflow, _key(how), out, fresh) is not None:
         return out
     return out.copy_(_rounded_and_over(x, fmt, how, rule)[0])
 
@@ -117,8 +117,9 @@ def encode(
         if out is not None or packed:
             raise FewbitsError(f"{fmt.name} has codes and scales, two tensors; leave out=None and packed=False")
         return block_codes(x, fmt, how, rule)
-    out = place(out, x, code_dtype(fmt), packed_shape(x.shape, fmt) if packed else x.shape)
-    if kernels.encode(x, fmt, how.rounding, how.overflow, _key(how), out, packed) is None:
+    shape = packed_shape(x.shape, fmt) if packed else x.shape
+    fresh, out = out is None, place(out, x, code_dtype(fmt), shape)
+    if kernels.encode(x, fmt, how.rounding, how.overflow, _key(how), out, packed, fresh) is None:
         codes = torch.empty(x.shape, dtype=out.dtype, device=x.device) if packed else out
         _encode_into(codes, x, fmt, how)
         return out.copy_(pack_codes(codes)) if packed else out
@@ -159,15 +160,16 @@ def decode(
         check_blocks(codes, fmt)
         values = from_blocks(codes, fmt, dtype)
         return values if out is None else place(out, values, dtype, values.shape).copy_(values)
+    fresh = out is None
     if packed:
         shape = unpacked_shape(codes, fmt)
         out = place(out, codes, dtype, shape)
-        if kernels.decode(codes, fmt, out, packed=True) is not None:
+        if kernels.decode(codes, fmt, out, packed=True, fresh=fresh) is not None:
             return out
         codes = unpack_codes(codes)
     check_codes(codes, fmt, in_range=False)
     out = place(out, codes, dtype, codes.shape)
-    if kernels.decode(codes, fmt, out) is None:
+    if kernels.decode(codes, fmt, out, fresh=fresh) is None:
         check_codes(codes, fmt)
         flat, values = codes.reshape(-1), out.view(-1)
         for part in _chunks(flat):

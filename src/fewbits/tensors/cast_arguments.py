@@ -7,7 +7,6 @@ from torch import Tensor
 
 from fewbits.errors import FewbitsError
 from fewbits.formats import Format, Overflow, Rounding, ScaleRule
-from fewbits.kernels import native
 from fewbits.tensors.block import BlockCodes
 from fewbits.tensors.codes import How
 from fewbits.tensors.packing import packed_shape
@@ -110,7 +109,7 @@ def unpacked_shape(codes: Tensor, fmt: Format) -> tuple[int, ...]:
 def place(out: Tensor | None, like: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
     """Where the result goes: ``out``, checked, or a new tensor on the device of ``like``."""
     if out is None:
-        return native.empty(shape, dtype, like.device)
+        return torch.empty(shape, dtype=dtype, device=like.device)
     if out.shape != shape or out.dtype != dtype or out.device != like.device or not out.is_contiguous():
         raise FewbitsError(
             f"out: a contiguous {dtype} tensor of shape {tuple(shape)} on {like.device} is needed, "
