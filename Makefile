@@ -40,9 +40,10 @@ test: .venv/dev .venv/built $(MODEL)
 	FEWBITS_DEMO_MODEL="$(MODEL)" $(BIN)/python -m pytest
 
 # make bench  fewbits beside its peers, in one run
-bench: .venv/bench $(INT8)/config.json $(BF16)/config.json
+bench: build/peers/made $(INT8)/config.json $(BF16)/config.json
 	$(BIN)/python benchmarks/bench_convert.py $(MODEL) --json build/bench_convert.json
-	$(BIN)/python benchmarks/bench_generate.py $(BF16) $(INT8) --json build/bench_generate.json
+	PYTHONPATH=build/peers $(BIN)/python benchmarks/bench_generate.py $(BF16) $(INT8) --json build/bench_generate.json
+	$(BIN)/python benchmarks/bench_cast.py --json build/bench_cast.json
 
 # make certify every float32, cast to fp16, bf16, e4m3fn and e5m2 and held against exact arithmetic; some minutes
 certify: .venv/built
@@ -69,8 +70,9 @@ clean:
 	$(PIP) --group test --group lint
 	@touch $@
 
-.venv/bench: .venv/built
-	$(PIP) --group bench
+# The peers lie apart: transformers imports some of them wherever it finds them, at a price in time and warnings.
+build/peers/made: .venv/dev
+	$(PIP) --no-deps --target build/peers --upgrade --group bench
 	@touch $@
 
 $(MODEL): tools/demo_model.py | .venv/tools

@@ -33,6 +33,18 @@ def test_the_first_code_is_the_low_half():
     assert fewbits.encode(torch.tensor([0.5, 6.0]), "e2m1fn", packed=True).tolist() == [0x71]
 
 
+@pytest.mark.parametrize("rounding", ["nearest_even", "up"])  # with and without a kernel
+@pytest.mark.parametrize("name", ["mxfp4", "nvfp4"])
+def test_blocks_are_filled(name, rounding):
+    first, x = torch.randn(3, 70), torch.randn(3, 70)
+    out = fewbits.encode(first, name, rounding)
+    found = fewbits.encode(x, name, rounding, out=out)
+    expected = fewbits.encode(x, name, rounding)
+    assert found.codes is out.codes
+    assert found.scales is out.scales
+    assert torch.equal(fewbits.decode(found, name), fewbits.decode(expected, name))
+
+
 def test_out_is_filled():
     x = torch.randn(3, 8)
     out = torch.empty(3, 4, dtype=torch.uint8)
@@ -55,6 +67,14 @@ def test_out_is_filled():
         ),
         (lambda: fewbits.encode(torch.ones(4), "e4m3fn", packed=True), "two codes of e4m3fn do not fit a byte"),
         (lambda: fewbits.encode(torch.ones(32), "mxfp4", packed=True), "mxfp4 has codes and scales, two tensors"),
+        (
+            lambda: fewbits.encode(torch.ones(64), "mxfp4", out=fewbits.encode(torch.ones(32), "mxfp4")),
+            r"out: a contiguous torch.uint8 tensor of shape \(64,\)",
+        ),
+        (
+            lambda: fewbits.encode(torch.ones(64), "fp16", out=fewbits.encode(torch.ones(64), "mxfp4")),
+            "out: fp16 has no blocks; give one tensor of torch.uint16",
+        ),
         (lambda: fewbits.decode(torch.ones(4), "e2m1fn", packed=True), r"packed: uint8 \[..., K/2\] is needed, got"),
         (
             lambda: fewbits.encode(torch.ones(4), "fp16", out=torch.empty(4)),

@@ -34,19 +34,29 @@ class BlockCodes(NamedTuple):
     tensor_scale: Tensor | None = None
 
 
-def block_codes(x: Tensor, fmt: Format, how: How, rule: ScaleRule) -> BlockCodes:
-    """Round a tensor to a block format, by a kernel where there is one; what it means is `to_blocks`, bit for bit."""
+def block_codes(
+    x: Tensor, fmt: Format, how: How, rule: ScaleRule, out: tuple[Tensor, Tensor] | None = None
+) -> BlockCodes:
+    """Round a tensor to a block format, by a kernel where there is one; what it means is `to_blocks`, bit for bit.
+
+    `out` are codes and scales to fill, uint8, contiguous, of the right shapes.
+    """
     assert fmt.block is not None
     K = x.shape[-1]
     flat = x.reshape(x.numel() // K, K)
-    codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
-    scales = torch.empty((*x.shape[:-1], -(-K // fmt.block.size)), dtype=torch.uint8, device=x.device)
+    codes, scales = out or (
+        torch.empty(x.shape, dtype=torch.uint8, device=x.device),
+        torch.empty((*x.shape[:-1], -(-K // fmt.block.size)), dtype=torch.uint8, device=x.device),
+    )
     tensor_scale = _tensor_scale(flat, fmt, rule)
     if tensor_scale is None:
         done = kernels.mx_encode(flat, fmt, how.rounding, *_scale_limits(fmt, rule), codes, scales)
     else:
         done = kernels.nvfp4_encode(flat, fmt, how.rounding, float(tensor_scale), codes, scales)
-    return BlockCodes(codes, scales, tensor_scale) if done else to_blocks(x, fmt, how, rule)[0]
+    if not done:
+        made = to_blocks(x, fmt, how, rule)[0]
+        codes.copy_(made.codes), scales.copy_(made.scales)
+    return BlockCodes(codes, scales, tensor_scale)
 
 
 def to_blocks(x: Tensor, fmt: Format, how: How, rule: ScaleRule) -> tuple[BlockCodes, Tensor]:

@@ -100,12 +100,13 @@ def encode(
     seed: int | None = None,
     scale_rule: str | None = None,
     packed: bool = False,
-    out: Tensor | None = None,
+    out: Tensor | BlockCodes | None = None,
 ) -> Tensor | BlockCodes:
     """The code of each value. Arguments and errors are those of `round_to`; there is no gradient.
 
     `packed` puts two codes of at most 4 bits into a byte, the first one low; the last dimension, even, is halved.
-    `out`, if given, is filled and returned: contiguous, the shape and dtype of the codes; not for blocks.
+    `out`, if given, is filled and returned: contiguous, the shape and dtype of the codes. Of a block format it is a
+    `BlockCodes` as this function returns it; its tensor scale is not read.
 
     Returns:
         The shape of `x`, one code per element in the smallest unsigned dtype: uint8 to 8 bits, uint16 to 16, uint32
@@ -114,9 +115,9 @@ def encode(
     fmt, how, rule = choices(x, fmt, rounding, overflow, seed, scale_rule)
     x = x.detach()
     if rule:
-        if out is not None or packed:
-            raise FewbitsError(f"{fmt.name} has codes and scales, two tensors; leave out=None and packed=False")
-        return block_codes(x, fmt, how, rule)
+        return _encode_blocks(x, fmt, how, rule, packed, out)
+    if isinstance(out, BlockCodes):
+        raise FewbitsError(f"out: {fmt.name} has no blocks; give one tensor of {code_dtype(fmt)}")
     shape = packed_shape(x.shape, fmt) if packed else x.shape
     fresh, out = out is None, place(out, x, code_dtype(fmt), shape)
     if kernels.encode(x, fmt, how.rounding, how.overflow, _key(how), out, packed, fresh) is None:
@@ -124,6 +125,20 @@ def encode(
         _encode_into(codes, x, fmt, how)
         return out.copy_(pack_codes(codes)) if packed else out
     return out
+
+
+def _encode_blocks(
+    x: Tensor, fmt: Format, how: How, rule: ScaleRule, packed: bool, out: Tensor | BlockCodes | None
+) -> BlockCodes:
+    if packed or isinstance(out, Tensor):
+        raise FewbitsError(
+            f"{fmt.name} has codes and scales, two tensors; leave packed=False and out=None or BlockCodes"
+        )
+    if out is None:
+        return block_codes(x, fmt, how, rule)
+    scales_shape = (*x.shape[:-1], -(-x.shape[-1] // fmt.block.size)) if fmt.block else ()
+    codes, scales = place(out.codes, x, torch.uint8, x.shape), place(out.scales, x, torch.uint8, scales_shape)
+    return block_codes(x, fmt, how, rule, (codes, scales))
 
 
 def decode(
