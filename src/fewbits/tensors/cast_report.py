@@ -22,7 +22,7 @@ from fewbits.formats import Format, exact
 from fewbits.tensors.cast import encode
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-_CHUNK = 1 << 16  # elements: the float32 intermediates of so many stay in a core's second cache
+_CHUNK = 1 << 15  # elements: their intermediates stay in a core's second cache, and torch starts no threads for so few
 
 _Floats = NDArray[Any]
 
