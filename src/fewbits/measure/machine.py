@@ -84,7 +84,8 @@ def _package_versions() -> dict[str, str]:
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = "not installed"
-    return found
+    # The package's own word also says which build it is, +cpu or +cu130; its metadata may leave that out.
+    return {**found, "torch": str(torch.__version__)}
 
 
 def _cpu_name() -> str:
