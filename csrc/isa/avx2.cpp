@@ -1,19 +1,3 @@
-#include "../block.hpp"
-#include "../cast.hpp"
-#include "../int8_matmul.hpp"
-#include "../quantize_per_token.hpp"
+#include "table.hpp"
 
-const fewbits::Kernels fewbits::kAvx2 = {
-    .name = "avx2",
-    .quantize_per_token = quantize_per_token,
-    .int8_pack_rows = int8_pack_rows,
-    .int8_matmul = int8_matmul,
-    .encode_floats = encode_floats,
-    .decode_codes = decode_codes,
-    .mx_encode = mx_encode,
-    .nvfp4_encode = nvfp4_encode,
-    .finite_amax = finite_amax,
-    .pack_nibbles = pack_nibbles,
-    .unpack_nibbles = unpack_nibbles,
-    .stream_out = stream_out,
-};
+constinit const fewbits::Kernels fewbits::kAvx2 = table("avx2");

@@ -54,8 +54,8 @@ class QuantLinear(nn.Module):
 class QuantHead(QuantLinear):
     """The output head: int8 weights, activations as two 8-bit digits, ``x ≈ high · scale + low · smaller scale``.
 
-    Logits take the whole error of their layer, with no later layer to average it out: one digit would cost a third of
-    the model's KL divergence on SmolLM2-135M. The second digit is free in a decode step, which waits for the weights.
+    Logits take the whole error of their layer, with no later layer to average it out. The second digit is free in a
+    decode step, which waits for the weights.
     """
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,0 +1,30 @@
+// The table of kernels, from whichever versions the including file's instruction set selects.
+//
+// Included once per instruction set. Constant-initialized: loading the library runs no code of a set the CPU lacks.
+#pragma once
+
+#include "../block.hpp"
+#include "../cast.hpp"
+#include "../int8_matmul.hpp"
+#include "../quantize_per_token.hpp"
+
+namespace {
+
+constexpr fewbits::Kernels table(const char* name) {
+  return {
+      .name = name,
+      .quantize_per_token = quantize_per_token,
+      .int8_pack_rows = int8_pack_rows,
+      .int8_matmul = int8_matmul,
+      .encode_floats = encode_floats,
+      .decode_codes = decode_codes,
+      .mx_encode = mx_encode,
+      .nvfp4_encode = nvfp4_encode,
+      .finite_amax = finite_amax,
+      .pack_nibbles = pack_nibbles,
+      .unpack_nibbles = unpack_nibbles,
+      .stream_out = stream_out,
+  };
+}
+
+}  // namespace
