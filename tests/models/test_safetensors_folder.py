@@ -189,8 +189,8 @@ def test_an_index_that_is_none_is_refused(tmp_path: Path, text: str, message: st
         ),
         ("m.gguf", r"holds no weights .*; give the GGUF file itself: .*m.gguf"),
         (
-            "pytorch_model.bin",
-            r"pytorch_model.bin is a pickle, which is not read yet: load the model with transformers",
+            "consolidated.00.pth",
+            r"consolidated.00.pth is there, but pickles are read as pytorch_model.bin, or as shards that",
         ),
         ("model-00001-of-00002.safetensors", r"model-00001-of-00002.safetensors is there, but no index: fetch"),
     ],
@@ -227,8 +227,35 @@ def test_a_config_that_asks_for_remote_code_is_refused(tmp_path: Path) -> None:
     save_file({"a": torch.ones(1)}, tmp_path / SINGLE)
     (tmp_path / "code.py").write_text("raise SystemExit('ran')")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mine", "auto_map": {"AutoConfig": "code.Config"}}))
-    with pytest.raises(FewbitsError, match=r"transformers cannot read its config.json: .*trust_remote_code"):
+    message = r"its config.json asks for code of the model's own to be run, .*, pass trust_remote_code=True"
+    with pytest.raises(FewbitsError, match=message) as caught:
         _ = open_source(tmp_path).config
+    assert "\n" not in str(caught.value)
+
+
+REMOTE = """
+from transformers import PreTrainedConfig
+class Config(PreTrainedConfig):
+    model_type = "mine"
+    ran = True
+"""
+
+
+def test_remote_code_that_is_trusted_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    save_file({"a": torch.ones(1)}, tmp_path / SINGLE)
+    (tmp_path / "code.py").write_text(REMOTE)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mine", "auto_map": {"AutoConfig": "code.Config"}}))
+    assert open_source(tmp_path, trust_remote_code=True).config.ran
+
+
+def test_a_tokenizer_that_asks_for_remote_code_is_refused(tmp_path: Path) -> None:
+    save_model(tmp_path)
+    (tmp_path / "code.py").write_text("raise SystemExit('ran')")
+    asks = {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["code.Mine", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(asks))
+    with pytest.raises(FewbitsError, match=r"its tokenizer asks for code of the model's own .* trust_remote_code=True"):
+        open_source(tmp_path).tokenizer()
 
 
 def test_a_folder_without_tokenizer_is_refused(tmp_path: Path) -> None:

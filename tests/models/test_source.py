@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import constants, errors
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import save_file
 
 from fewbits.errors import FewbitsError
@@ -87,18 +88,37 @@ def test_what_the_hub_answers_is_said_in_one_line(
         open_source("owner/name", revision="v9")
 
 
-def test_no_pickles_and_no_variants_are_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: dict[str, list[str]] = {}
+SAFE = ["model-00001-of-00002.safetensors", "model.safetensors.index.json"]
+PICKLED = ["pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json"]
+BESIDE = ["config.json", "tokenizer.json", "tokenizer_config.json"]
+UNWANTED = ["onnx/model.onnx", "original/consolidated.00.pth", "consolidated.safetensors", "training_args.bin"]
 
-    def record(_name: str, *, allow_patterns: list[str], ignore_patterns: list[str], revision: str | None) -> str:
-        asked.update(allow=allow_patterns, ignore=ignore_patterns)
-        return "."
 
-    monkeypatch.setattr("huggingface_hub.snapshot_download", record)
-    hub.fetch_model("owner/name")
-    from huggingface_hub.utils import filter_repo_objects
+def fetched(monkeypatch: pytest.MonkeyPatch, folder: Path, files: list[str], **options: bool) -> list[str]:
+    """The names that are fetched from a repository with these files."""
 
-    files = ["model-00001-of-00002.safetensors", "model.safetensors.index.json", "config.json", "tokenizer.json"]
-    unwanted = ["pytorch_model.bin", "onnx/model.onnx", "original/consolidated.00.pth", "consolidated.safetensors"]
-    kept = filter_repo_objects(files + unwanted, allow_patterns=asked["allow"], ignore_patterns=asked["ignore"])
-    assert list(kept) == files
+    def download(_name: str, *, allow_patterns: list[str], ignore_patterns: list[str], revision: str | None) -> str:
+        assert revision == "v9"
+        for file in filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
+            (folder / file).touch()
+        return str(folder)
+
+    folder.mkdir()
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert hub.fetch_model("owner/name", revision="v9", **options) == folder
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_no_pickles_and_no_variants_are_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = [*SAFE, *PICKLED, *BESIDE, *UNWANTED, "modeling.py"]
+    assert fetched(monkeypatch, tmp_path / "hub", files) == sorted([*SAFE, *BESIDE])
+
+
+def test_pickles_are_fetched_where_there_is_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = [*PICKLED, *BESIDE, *UNWANTED]
+    assert fetched(monkeypatch, tmp_path / "hub", files) == sorted([*PICKLED, *BESIDE])
+
+
+def test_code_is_fetched_only_if_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = [*SAFE, *BESIDE, "modeling.py"]
+    assert "modeling.py" in fetched(monkeypatch, tmp_path / "hub", files, trust_remote_code=True)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from fewbits.errors import FewbitsError
 
-# What a model is read from; no pickles, no other frameworks' weights, and (below) no folders with variants.
+# What a model is read from; no other frameworks' weights, and (below) no folders with variants.
 _WANTED = [
     "*.safetensors",
     "model.safetensors.index.json",
@@ -18,11 +18,15 @@ _WANTED = [
     "merges.txt",
     "*.model",
 ]
+# Only where there are no safetensors: the same weights as pickles.
+_PICKLES = ["pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*.bin"]
 _UNWANTED = ["*/*", "consolidated*", "adapter_*"]
 
 
-def fetch_model(name: str, *, revision: str | None = None) -> Path:
+def fetch_model(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Path:
     """The folder in the Hugging Face cache that holds the Hub model `name`, downloaded if need be.
+
+    Pickles are fetched where the model has no safetensors; Python files only with `trust_remote_code`.
 
     Raises:
         FewbitsError: No such model, no right to it, or the Hub cannot be reached and the cache does not have it.
@@ -47,8 +51,12 @@ def fetch_model(name: str, *, revision: str | None = None) -> Path:
         "reached; check the spelling or connect",
         HfHubHTTPError: "cannot be fetched from the Hub; try again later",
     }
+    wanted = [*_WANTED, "*.py"] if trust_remote_code else _WANTED
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
+        folder = snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=_UNWANTED)
+        if not any(Path(folder).glob("*.safetensors")):
+            folder = snapshot_download(name, revision=revision, allow_patterns=_PICKLES, ignore_patterns=_UNWANTED)
+        return Path(folder)
     except tuple(reasons) as error:
         reason = next(reason for kind, reason in reasons.items() if isinstance(error, kind))
         raise FewbitsError(f"{name} {reason}") from error

@@ -1,4 +1,4 @@
-"""Where a model comes from: a GGUF file, a folder of safetensors, or the Hub. Each is a stream of named tensors."""
+"""Where a model comes from: a GGUF file, a folder with weights, or the Hub. Each is a stream of named tensors."""
 
 import os
 import re
@@ -70,13 +70,18 @@ class Source(Protocol):
         """How the model wants to be sampled, or None where nothing is said."""
 
 
-def open_source(model: str | os.PathLike[str], *, revision: str | None = None) -> Source:
+def open_source(
+    model: str | os.PathLike[str], *, revision: str | None = None, trust_remote_code: bool = False
+) -> Source:
     """Open a model wherever it is; nothing is read but headers.
 
     Args:
-        model: A `.gguf` file, a folder with `config.json` and safetensors (one file, or an index and its shards), or
-            a Hub id such as `Qwen/Qwen3-0.6B` (downloaded into the Hugging Face cache, or found there when offline).
+        model: A `.gguf` file, a folder with `config.json` and safetensors (one file, or an index and its shards; or
+            such `pytorch_model.bin` files where there are no safetensors), or a Hub id such as `Qwen/Qwen3-0.6B`
+            (downloaded into the Hugging Face cache, or found there when offline).
         revision: Branch, tag or commit of a Hub id; unused for a path.
+        trust_remote_code: Let transformers run the Python files of the model's own that its configuration or tokenizer
+            asks for; pickles are not run even then.
 
     Raises:
         FewbitsError: No such path, no weights in it, a truncated or corrupt file, an architecture that is not read, or
@@ -90,14 +95,15 @@ def open_source(model: str | os.PathLike[str], *, revision: str | None = None) -
     if path.is_file():
         return _open_file(path)
     if path.is_dir():
-        return _open_folder(path)
+        return _open_folder(path, trust_remote_code)
     if not _is_hub_id(os.fspath(model)):
         raise FewbitsError(
             f"no such file or folder: {path}; give a .gguf file, a folder with safetensors, or a Hub id (owner/name)"
         )
     from fewbits.models.hub import fetch_model  # imported here: only a Hub id needs the network client
 
-    return _open_folder(fetch_model(os.fspath(model), revision=revision))
+    folder = fetch_model(os.fspath(model), revision=revision, trust_remote_code=trust_remote_code)
+    return _open_folder(folder, trust_remote_code)
 
 
 def _open_file(path: Path) -> Source:
@@ -110,10 +116,13 @@ def _open_file(path: Path) -> Source:
     raise FewbitsError(f"{path} is not a GGUF file; give a .gguf file, or the folder that holds the safetensors")
 
 
-def _open_folder(path: Path) -> Source:
-    from fewbits.models.safetensors_folder import SafetensorsFolder
+def _open_folder(path: Path, trust_remote_code: bool) -> Source:
+    from fewbits.models.safetensors_folder import SafetensorsFolder, holds_safetensors
+    from fewbits.models.torch_folder import TorchFolder, holds_pickles
 
-    return SafetensorsFolder(path)
+    if holds_pickles(path) and not holds_safetensors(path):
+        return TorchFolder(path, trust_remote_code=trust_remote_code)
+    return SafetensorsFolder(path, trust_remote_code=trust_remote_code)
 
 
 def _is_hub_id(model: str) -> bool:
