@@ -93,6 +93,8 @@ HEADERS: dict[str, tuple[bytes, str]] = {
     "no entry": (raw_file({"a": {"dtype": "F32"}}), r"byte 8: tensor 'a' has no dtype, shape and data_offsets"),
     "dtype": (raw_file({"a": entry(dtype="F4")}), r"tensor 'a' has dtype 'F4', which is not read \(F64, F32,"),
     "shape": (raw_file({"a": entry(shape=[-1])}, bytes(4)), r"byte 8: tensor 'a' has shape \[-1\]"),
+    "absurd shape": (raw_file({"a": entry(0, 0, shape=[0, 2**62, 2])}), r"byte 8: tensor 'a' has shape \[0, 46116"),
+    "no int64": (raw_file({"a": entry(0, 0, shape=[2**70, 0])}), r"byte 8: tensor 'a' has shape \[11805"),
     "nbytes": (raw_file({"a": entry(0, 5)}, bytes(5)), r"tensor 'a', F32 of shape \[1\], is 4 bytes, not bytes 0 to 5"),
     "hole": (
         raw_file({"a": entry(), "b": entry(8, 12)}, bytes(12)),

@@ -100,8 +100,8 @@ def _entry(path: Path, name: str, entry: Any, data_start: int) -> SafetensorsTen
             _fail(path, 8, f"tensor {name!r} has no dtype, shape and data_offsets")
     if dtype not in DTYPES:
         raise FewbitsError(f"{path}: tensor {name!r} has dtype {dtype!r}, which is not read ({', '.join(DTYPES)} are)")
-    if not all(type(dimension) is int and dimension >= 0 for dimension in shape):
-        _fail(path, 8, f"tensor {name!r} has shape {shape}")
+    if not all(type(size) is int and size >= 0 for size in shape) or math.prod(size or 1 for size in shape) >= 2**63:
+        _fail(path, 8, f"tensor {name!r} has shape {shape}")  # nor could torch count it, even without an element
     nbytes = math.prod(shape) * DTYPES[dtype].itemsize
     if not 0 <= begin <= end or end - begin != nbytes:
         _fail(path, 8, f"tensor {name!r}, {dtype} of shape {shape}, is {nbytes} bytes, not bytes {begin} to {end}")
