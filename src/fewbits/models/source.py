@@ -117,12 +117,13 @@ def _open_file(path: Path) -> Source:
 
 
 def _open_folder(path: Path, trust_remote_code: bool) -> Source:
+    from fewbits.models.adapters.families import adapted
     from fewbits.models.safetensors_folder import SafetensorsFolder, holds_safetensors
     from fewbits.models.torch_folder import TorchFolder, holds_pickles
 
-    if holds_pickles(path) and not holds_safetensors(path):
-        return TorchFolder(path, trust_remote_code=trust_remote_code)
-    return SafetensorsFolder(path, trust_remote_code=trust_remote_code)
+    pickled = holds_pickles(path) and not holds_safetensors(path)
+    folder = (TorchFolder if pickled else SafetensorsFolder)(path, trust_remote_code=trust_remote_code)
+    return adapted(folder)
 
 
 def _is_hub_id(model: str) -> bool:

@@ -1,0 +1,32 @@
+"""The families that have an adapter, by the `model_type` in their `config.json`."""
+
+from collections.abc import Callable
+from typing import Any
+
+from fewbits.models.adapters.baichuan import adapt_baichuan
+from fewbits.models.adapters.chatglm import adapt_chatglm
+from fewbits.models.adapters.raw_config import RawConfig, read_json
+from fewbits.models.source import Source
+
+ADAPTERS: dict[str, tuple[str, Callable[[Source, RawConfig], Source]]] = {
+    "chatglm": ("ChatGLM", adapt_chatglm),
+    "baichuan": ("Baichuan", adapt_baichuan),
+}
+"""What to call the family, and its adapter."""
+
+
+def adapted(source: Source) -> Source:
+    """The folder as a model that transformers carries: adapted if its family has an adapter, else as it is.
+
+    Raises:
+        FewbitsError: The family has an adapter, but this checkpoint is a variant that cannot be presented so.
+    """
+    settings: dict[str, Any] = read_json(source.path / "config.json")
+    model_type = settings.get("model_type")
+    if not isinstance(model_type, str) or model_type not in ADAPTERS:
+        return source
+    family, adapt = ADAPTERS[model_type]
+    raw = RawConfig(source.path, family, settings)
+    if settings.get("quantization_config") is not None:
+        raise raw.refuse("quantization_config", "is quantized already", "give the model that it was made from")
+    return adapt(source, raw)
