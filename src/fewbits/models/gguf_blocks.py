@@ -30,12 +30,13 @@ _CHUNK = 1 << 19
 _HALF = 0.5 - 2**-25
 
 
-def encode_blocks(weight: Tensor, kind: GGMLQuantizationType) -> Tensor:
+def encode_blocks(weight: Tensor, kind: GGMLQuantizationType, *, first_row: int = 0) -> Tensor:
     """The blocks of a matrix, byte for byte those of ``gguf.quantize``; of Q4_1, a scale or minimum of zero is +0.
 
     Args:
         weight: ``[R, K]`` in any floating dtype, on the CPU; K is a multiple of 32.
         kind: Q8_0, Q4_0 or Q4_1.
+        first_row: Where in its matrix ``weight`` begins, for the message.
 
     Returns:
         uint8 ``[R, K / 32 * bytes of a block]``.
@@ -55,7 +56,7 @@ def encode_blocks(weight: Tensor, kind: GGMLQuantizationType) -> Tensor:
         chunk = weight[first : first + step]
         blocks = out[first : first + step].view(-1, block_bytes)
         if not encode(chunk.reshape(-1, BLOCK).float(), blocks):
-            raise FewbitsError(_why_refused(chunk, first, kind))
+            raise FewbitsError(_why_refused(chunk, first_row + first, kind))
     return out
 
 
@@ -112,7 +113,7 @@ def _store_half(out: Tensor, offset: int, values: Tensor) -> bool:
 
 
 def _store_nibbles(out: Tensor, offset: int, codes: Tensor, scale: Tensor) -> None:
-    """Put the whole part of ``codes`` ``[B, 32]``, 0 to 15, at a byte of each block; j in the low bits, j + 16 above."""
+    """Put the whole part of ``codes`` ``[B, 32]``, 0 to 15, at a byte of each block: code j low, j + 16 high."""
     overflows = scale.reciprocal().isinf() & (scale != 0)
     if overflows.any():  # the scale is stored as 0, so the code is no matter, but infinity and NaN have none
         codes.masked_fill_(overflows, 0)

@@ -17,7 +17,7 @@ from fewbits.models.gguf_header import GgufHeader
 ROPE_FREQUENCIES = "rope_freqs.weight"
 _DEFAULT_BASE = 10_000.0  # llama.cpp's, where the file states none
 # What every Llama 3.1, 3.2 and 3.3 has beside its factor: https://huggingface.co/meta-llama/Llama-3.1-8B, config.json
-_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
 def gguf_rope(header: GgufHeader, architecture: str, head_dim: int) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def llama3_frequency_factors(base: float, head_dim: int, factor: float) -> "np.n
     below it over `high_freq_factor` are left alone, and those between are interpolated.
     Source: https://github.com/meta-llama/llama-models, `models/llama3/model.py`, `apply_scaling`.
     """
-    low, high, context = _LLAMA3.values()
+    low, high, context = LLAMA3.values()
     turns = context * base ** -(np.arange(0, head_dim, 2) / head_dim) / (2 * math.pi)  # over the original context
     weight = np.clip((turns - low) / (high - low), 0.0, 1.0)
     return np.asarray(1.0 / ((1.0 - weight) / factor + weight))
@@ -72,7 +72,7 @@ def _llama3(header: GgufHeader, base: float, head_dim: int) -> dict[str, Any]:
     if stored.shape == (head_dim // 2,) and np.allclose(
         stored, llama3_frequency_factors(base, head_dim, factor), rtol=1e-4
     ):
-        return {"rope_type": "llama3", "factor": factor, **_LLAMA3} if factor != 1.0 else {}
+        return {"rope_type": "llama3", "factor": factor, **LLAMA3} if factor != 1.0 else {}
     raise FewbitsError(
         f"{header.path}: the factors in {ROPE_FREQUENCIES!r} are not those of Llama 3's rotary scaling; use the folder "
         "of safetensors that the file was made from"

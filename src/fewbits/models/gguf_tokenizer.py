@@ -1,12 +1,18 @@
-"""The tokenizer that a GGUF file carries in its metadata, built by transformers' own converter."""
+"""The tokenizer that a GGUF file carries in its metadata, built by transformers' own converter.
+
+What the converter leaves out is set here: how a byte-level vocabulary cuts text before merging, where the converter
+knows no expression for the name, and that a sentencepiece vocabulary puts no space before a text.
+"""
 
 from typing import Any
 
 import numpy as np
+from tokenizers import Tokenizer, decoders, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, TokenizersBackend
 
 from fewbits.errors import FewbitsError
 from fewbits.models.gguf_header import GgufHeader, StringArray
+from fewbits.models.gguf_pretokenizer import PRE_TOKENIZERS, set_pre_tokenizer
 
 try:
     from transformers.integrations.gguf import GGUF_TOKENIZER_MAPPING, convert_gguf_tokenizer
@@ -37,11 +43,22 @@ def gguf_tokenizer(header: GgufHeader) -> PreTrainedTokenizerBase:
         settings[name] = _token(header, key, vocabulary["tokens"])
     try:
         backend, more = convert_gguf_tokenizer(header.metadata["general.architecture"], vocabulary)
+        _complete(backend, vocabulary)
         return TokenizersBackend(tokenizer_object=backend, name_or_path=str(header.path), **(settings | more))
     except Exception as error:  # the converter trusts the file: a broken vocabulary fails anywhere
         raise FewbitsError(
             f"{header.path}: transformers cannot build its tokenizer: {' '.join(str(error).split())}"
         ) from error
+
+
+def _complete(backend: Tokenizer, vocabulary: dict[str, Any]) -> None:
+    kind, known = vocabulary.get("tokenizer_type"), PRE_TOKENIZERS.get(vocabulary.get("pre_tokenizer_type", ""))
+    if kind == "gpt2" and known is not None:
+        set_pre_tokenizer(backend, known)
+    before = backend.pre_tokenizer
+    if kind == "llama" and vocabulary.get("add_prefix_space") is False and isinstance(before, pre_tokenizers.Metaspace):
+        before.prepend_scheme = "never"
+        backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
 
 
 def _section(header: GgufHeader, section: str) -> dict[str, Any]:

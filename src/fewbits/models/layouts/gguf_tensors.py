@@ -1,0 +1,108 @@
+"""The tensors of a GGUF file: what is planned for each, and its bytes, made a few rows at a time."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType
+from torch import Tensor
+
+from fewbits.errors import FewbitsError
+from fewbits.models.gguf_blocks import encode_blocks
+from fewbits.models.gguf_config import ARCHITECTURES
+from fewbits.models.layouts.gguf_keys import FAMILIES, family_of, frequency_factors
+from fewbits.models.precision import cast_weight
+from fewbits.models.source import Source
+
+PLAIN = {
+    GGMLQuantizationType.F32: torch.float32,
+    GGMLQuantizationType.F16: torch.float16,
+    GGMLQuantizationType.BF16: torch.bfloat16,
+}
+_AT_ONCE = 1 << 22  # elements read and encoded at once
+
+
+@dataclass(frozen=True)
+class GgufRow:
+    """One tensor of the file.
+
+    Attributes:
+        tensor: Its Hugging Face name; None for one that is computed from the configuration.
+        name: Its name in the file.
+        shape: Its shape, rows first.
+        type: Its type.
+        nbytes: Bytes it takes.
+        reason: Why it does not have the type of the file; None if it does.
+    """
+
+    tensor: str | None
+    name: str
+    shape: tuple[int, ...]
+    type: GGMLQuantizationType
+    nbytes: int
+    reason: str | None
+
+
+def encoded_tensor(source: Source, row: GgufRow) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+    """The bytes of a tensor, rows first.
+
+    Raises:
+        FewbitsError: A value is NaN or Inf, or beyond the type. The message names tensor and row.
+    """
+    if row.tensor is None:
+        factors = frequency_factors(source.config)
+        assert factors is not None, row
+        return factors.view(np.uint8)
+    count = row.shape[0]
+    out = torch.empty(count, row.nbytes // count, dtype=torch.uint8)
+    head = _rows_per_head(source, row)
+    step = max(1, _AT_ONCE // (math.prod(row.shape[1:]) * head)) * head
+    offset = FAMILIES[source.config.model_type].norm_offset if row.name.endswith("_norm.weight") else 0.0
+    for first in range(0, count, step):
+        values = source.read_rows(row.tensor, first, min(first + step, count))
+        _check_finite(values, row.tensor, first)
+        try:
+            encoded = _encode(values.float() + offset if offset else values, row, first)
+        except FewbitsError as error:
+            raise FewbitsError(f"{source.path}: {row.tensor}: {error}") from None
+        out[first : first + step] = _pairs(encoded, head)
+    return out.numpy()
+
+
+def _encode(values: Tensor, row: GgufRow, first: int) -> Tensor:
+    """Bytes ``[rows, bytes of a row]`` of values ``[rows, …]``."""
+    dtype = PLAIN.get(row.type)
+    if dtype is None:
+        return encode_blocks(values, row.type, first_row=first)
+    return cast_weight(row.tensor or row.name, values, dtype).contiguous().view(len(values), -1).view(torch.uint8)
+
+
+def _check_finite(values: Tensor, name: str, first: int) -> None:
+    if all(extreme.isfinite() for extreme in values.aminmax()):  # takes no memory
+        return
+    row = (
+        int((~values.isfinite()).flatten(1).any(dim=1).nonzero()[0])
+        if values.ndim > 1
+        else int((~values.isfinite()).nonzero()[0])
+    )
+    raise FewbitsError(f"{name}: row {first + row} holds NaN or Inf; mend the weights")
+
+
+def _rows_per_head(source: Source, row: GgufRow) -> int:
+    """Rows that are permuted among themselves: the size of a head, or 1 where nothing is permuted."""
+    config = source.config
+    permuted = ARCHITECTURES[family_of(config, source.path).architecture].permuted
+    if not any(part in row.name for part in permuted):
+        return 1
+    heads = config.num_attention_heads if ".attn_q." in row.name else config.num_key_value_heads
+    return row.shape[0] // int(heads)
+
+
+def _pairs(rows: Tensor, head: int) -> Tensor:
+    """Rows of heads from Hugging Face's order (x0 x1 … y0 y1 …) to llama.cpp's (x0 y0 x1 y1 …, rotated in pairs)."""
+    if head == 1:
+        return rows
+    return rows.view(-1, 2, head // 2, rows.shape[1]).transpose(1, 2).reshape(rows.shape)
