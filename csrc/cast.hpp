@@ -24,6 +24,7 @@
 namespace {
 
 using fewbits::Codec;
+using fewbits::Decoding;
 using fewbits::Rounder;
 
 constexpr int32_t kFloatMantissa = 23;
@@ -290,7 +291,8 @@ void unpack_nibbles(const uint8_t* __restrict packed, int64_t bytes, uint8_t* __
   }
 }
 
-// memcpy past the caches: the lines written are not read first, which would cost as much traffic again.
+// memcpy past the caches: the lines written are not read first, which would cost as much traffic again. Other threads
+// may see it late: end_stream waits until they all can, a microsecond or so; once a thread, not once a chunk.
 void stream_out(void* to, const void* from, int64_t bytes) {
 #if defined(__AVX2__)
 #if defined(__AVX512VNNI__)
@@ -310,11 +312,37 @@ void stream_out(void* to, const void* from, int64_t bytes) {
 #endif
     }
     std::memcpy(static_cast<char*>(to) + whole, static_cast<const char*>(from) + whole, bytes - whole);
-    _mm_sfence();
     return;
   }
 #endif
   std::memcpy(to, from, static_cast<size_t>(bytes));
+}
+
+void end_stream() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
+// decode_codes, from nibbles too, and past the caches. The parts are so small that their stores wait in the store
+// queue while the next part is made.
+uint32_t decode(const uint8_t* codes, bool nibbles, int64_t count, float* out, const Decoding& how, bool past_caches) {
+  constexpr int64_t kPart = 256;
+  if (!nibbles && !past_caches) return decode_codes(codes, count, out, how.codec);
+  uint32_t seen = 0;
+  alignas(64) uint8_t single[kPart];
+  alignas(64) float values[kPart];
+  for (int64_t first = 0; first < count; first += kPart) {
+    const int64_t n = count - first < kPart ? count - first : kPart;
+    const uint8_t* from = codes + (nibbles ? first / 2 : first * how.codec.code_bytes());
+    if (nibbles) {
+      unpack_nibbles(from, n / 2, single);
+      from = single;
+    }
+    seen |= decode_codes(from, n, past_caches ? values : out + first, how.codec);
+    if (past_caches) stream_out(out + first, values, n * static_cast<int64_t>(sizeof(float)));
+  }
+  return seen;
 }
 
 }  // namespace

@@ -28,6 +28,13 @@ struct Codec {
   int32_t code_bytes() const { return bits <= 8 ? 1 : 2; }
 };
 
+// A codec, and the upper halves of the values of all bytes, where codes have at most 8 bits: they have no more than 8
+// significant bits, so the lower halves are zero.
+struct Decoding {
+  const Codec& codec;
+  uint16_t upper_halves[256];
+};
+
 enum Rounding : int32_t { kNearestEven, kNearestAway, kTowardZero, kUp, kDown, kStochastic };
 
 struct Rounder {

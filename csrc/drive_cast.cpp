@@ -1,6 +1,7 @@
 // Casts of whole tensors: chunks that fit the first cache pass through the steps that a cast is made of.
 #include <algorithm>
 #include <atomic>
+#include <bit>
 
 #include "drive.hpp"
 #include "parallel.hpp"
@@ -24,16 +25,30 @@ class Place {
   void end(int64_t offset, int64_t bytes, const void* buffer) const {
     if (past_caches_) chosen().kernels->stream_out(to_ + offset, buffer, bytes);
   }
+  char* at(int64_t offset) const { return to_ + offset; }
+  bool past_caches() const { return past_caches_; }
 
  private:
   char* to_;
   bool past_caches_;
 };
 
+Decoding decoding_of(const Codec& codec) {
+  Decoding how{codec, {}};
+  if (codec.bits > 8) return how;
+  uint8_t codes[256];
+  float values[256];
+  for (int code = 0; code < 256; ++code) codes[code] = static_cast<uint8_t>(code);
+  chosen().kernels->decode_codes(codes, 256, values, codec);
+  for (int code = 0; code < 256; ++code)
+    how.upper_halves[code] = static_cast<uint16_t>(std::bit_cast<uint32_t>(values[code]) >> 16);
+  return how;
+}
+
 // float32 as it is, or 16-bit floats made float32 in the buffer.
 const float* floats(const void* x, const Codec* codec, int64_t first, int64_t count, float* buffer) {
   if (!codec) return static_cast<const float*>(x) + first;
-  chosen().kernels->decode_codes(static_cast<const uint16_t*>(x) + first, count, buffer, *codec);
+  chosen().kernels->decode(static_cast<const uint8_t*>(x) + first * 2, false, count, buffer, {*codec, {}}, false);
   return buffer;
 }
 
@@ -43,6 +58,7 @@ void in_chunks(int64_t count, int threads, const Work& work) {
   const int useful = static_cast<int>(std::min<int64_t>(threads, std::max<int64_t>(1, chunks / kChunksWorthAThread)));
   parallel_ranges(useful, chunks, [&](int64_t begin, int64_t end) {
     for (int64_t chunk = begin; chunk < end; ++chunk) work(chunk * kChunk, std::min(kChunk, count - chunk * kChunk));
+    chosen().kernels->end_stream();
   });
 }
 
@@ -75,16 +91,12 @@ namespace {
 // float32 values to their place, narrowed to 16 bits on the way where that is wanted; `fill` makes them.
 template <class Fill>
 void values_to(const Place& place, const Rounder* narrow, int64_t first, int64_t n, const Fill& fill) {
+  if (!narrow) return fill(reinterpret_cast<float*>(place.at(first * 4)), place.past_caches());
   alignas(64) float values[kChunk];
   alignas(64) uint16_t buffer[kChunk];
-  if (narrow) {
-    fill(values);
-    chosen().kernels->encode_floats(values, n, place.begin(first * 2, buffer), *narrow, 0);
-    place.end(first * 2, n * 2, buffer);
-  } else {
-    fill(place.begin(first * 4, values));
-    place.end(first * 4, n * 4, values);
-  }
+  fill(values, false);
+  chosen().kernels->encode_floats(values, n, place.begin(first * 2, buffer), *narrow, 0);
+  place.end(first * 2, n * 2, buffer);
 }
 
 }  // namespace
@@ -94,15 +106,12 @@ int32_t decode(const void* codes, const Codec& codec, int64_t count, bool nibble
   std::atomic<uint32_t> seen{0};
   const Place place(out, count * (narrow ? 2 : 4), fresh);
   const Kernels& kernels = *chosen().kernels;
+  const Decoding how = decoding_of(codec);
   in_chunks(count, threads, [&](int64_t first, int64_t n) {
-    alignas(64) uint8_t single[kChunk];
     const auto* from = static_cast<const uint8_t*>(codes) + (nibbles ? first / 2 : first * codec.code_bytes());
-    if (nibbles) {
-      kernels.unpack_nibbles(from, n / 2, single);
-      from = single;
-    }
-    values_to(place, narrow, first, n, [&](float* values) {
-      seen.fetch_or(kernels.decode_codes(from, n, values, codec), std::memory_order_relaxed);
+    values_to(place, narrow, first, n, [&](float* values, bool past_caches) {
+      const uint32_t bits = kernels.decode(from, nibbles, n, values, how, past_caches);
+      if (bits >> codec.bits) seen.store(bits, std::memory_order_relaxed);  // an atomic or would wait like end_stream
     });
   });
   return static_cast<int32_t>(seen.load());
@@ -112,11 +121,14 @@ void round(const void* x, const Codec* source, int64_t count, const Rounder& rou
            void* out, int threads) {
   const Place place(out, count * (narrow ? 2 : 4), fresh);
   const Kernels& kernels = *chosen().kernels;
+  const Decoding how = decoding_of(rounder.codec);
   in_chunks(count, threads, [&](int64_t first, int64_t n) {
     alignas(64) float wide[kChunk];
-    alignas(64) uint16_t codes[kChunk];
+    alignas(64) uint8_t codes[2 * kChunk];
     kernels.encode_floats(floats(x, source, first, n, wide), n, codes, rounder, static_cast<uint64_t>(first));
-    values_to(place, narrow, first, n, [&](float* values) { kernels.decode_codes(codes, n, values, rounder.codec); });
+    values_to(place, narrow, first, n, [&](float* values, bool past_caches) {
+      kernels.decode(codes, false, n, values, how, past_caches);
+    });
   });
 }
 

@@ -52,16 +52,19 @@ struct Kernels {
   // Output tiles [begin, end), counted panel by panel, row tile by row tile.
   void (*int8_matmul)(const Int8Matmul& job, int64_t begin, int64_t end);
   // float32 -> codes, position of the first one in its tensor; codes -> float32, and the bits that
-  // any code has; memcpy past the caches.
+  // any code has; memcpy past the caches, and the wait that ends it.
   void (*encode_floats)(const float* x, int64_t count, void* codes, const Rounder& rounder, uint64_t position);
   uint32_t (*decode_codes)(const void* codes, int64_t count, float* out, const Codec& codec);
+  // The same for all that decoding needs, and past the caches where that is wanted.
+  uint32_t (*decode)(const uint8_t* codes, bool nibbles, int64_t count, float* out, const Decoding& how,
+                     bool past_caches);
   // A run of whole blocks, the last one perhaps short -> codes, one scale code a block.
   void (*mx_encode)(const float* x, int64_t count, const MxFormat& format, uint8_t* codes, uint8_t* scales);
   void (*nvfp4_encode)(const float* x, int64_t count, const Nvfp4Format& format, uint8_t* codes, uint8_t* scales);
   float (*finite_amax)(const float* x, int64_t count);
   void (*pack_nibbles)(const uint8_t* codes, int64_t bytes, uint8_t* packed);
-  void (*unpack_nibbles)(const uint8_t* packed, int64_t bytes, uint8_t* codes);
   void (*stream_out)(void* to, const void* from, int64_t bytes);
+  void (*end_stream)();
 };
 
 extern const Kernels kScalar;

@@ -18,12 +18,13 @@ constexpr fewbits::Kernels table(const char* name) {
       .int8_matmul = int8_matmul,
       .encode_floats = encode_floats,
       .decode_codes = decode_codes,
+      .decode = decode,
       .mx_encode = mx_encode,
       .nvfp4_encode = nvfp4_encode,
       .finite_amax = finite_amax,
       .pack_nibbles = pack_nibbles,
-      .unpack_nibbles = unpack_nibbles,
       .stream_out = stream_out,
+      .end_stream = end_stream,
   };
 }
 

@@ -104,6 +104,30 @@ def test_large_tensors_for_any_thread_count(rounding: Rounding) -> None:
         assert torch.equal(found[0], x.half().view(torch.int16))
 
 
+@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize("name", ["fp16", "bf16", "e4m3fn", "e3m2fn", "e2m1fn", "e5m6"])
+def test_decode_large_tensors(name: str, aligned: bool) -> None:
+    """Long enough for stores past the caches; a length that fills no vector."""
+    fmt, count = Format.named(name), (9 << 18) + 6
+    values = to_values(torch.arange(1 << fmt.bits), fmt, torch.float32)
+    codes = torch.randint(0, 1 << fmt.bits, (count,), generator=torch.Generator().manual_seed(2))
+    stored = codes.to(torch.uint8 if fmt.bits <= 8 else torch.uint16)
+    out = torch.empty(count + 16)[:count] if aligned else torch.empty(count + 16)[3 : count + 3]
+    assert cast.decode(stored, fmt, out) is out
+    assert torch.equal(out.view(torch.int32), values[codes].view(torch.int32))
+    if fmt.bits == 4:
+        assert cast.decode(stored[::2] | stored[1::2] << 4, fmt, out.zero_(), packed=True) is out
+        assert torch.equal(out.view(torch.int32), values[codes].view(torch.int32))
+
+
+@pytest.mark.parametrize("at", [0, 2070, 5003])
+def test_one_code_out_of_range_is_seen(at: int) -> None:
+    codes = torch.full((5004,), 63, dtype=torch.uint8)
+    assert cast.decode(codes, Format.named("e3m2fn"), torch.empty(5004)) is not None
+    codes[at] = 64
+    assert cast.decode(codes, Format.named("e3m2fn"), torch.empty(5004)) is None
+
+
 def test_an_output_that_is_not_aligned() -> None:
     fmt, x = Format.named("bf16"), torch.randn(5 << 20)
     codes = torch.empty(x.numel() + 1, dtype=torch.uint16)[1:]

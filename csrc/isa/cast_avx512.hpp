@@ -1,0 +1,138 @@
+// The casts for which AVX-512 has a shorter way than the loops of cast.hpp; bit-equal to them.
+//
+//   1  decode, codes of at most 8 bits: all values have at most 8 significant bits, so a table holds their upper
+//      halves, 256 x 16 bits in eight registers: four look-ups of 64 entries, and bits 6 and 7 choose among the four
+//   2  decode, fp16: an instruction; only NaN needs a hand
+//   3  results go past the caches straight from the registers
+#pragma once
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 takes its own _mm512_undefined for a mistake
+#endif
+
+#include "../cast.hpp"
+#include "../kernels.hpp"
+
+namespace {
+
+struct Floats32 {
+  __m512i low, high;
+};
+
+// 32 values from their upper halves.
+inline Floats32 widened(__m512i upper) {
+  const __m512i low = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(upper));
+  const __m512i high = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(upper, 1));
+  return {_mm512_slli_epi32(low, 16), _mm512_slli_epi32(high, 16)};
+}
+
+// The upper half of the value of code 32 i + j is word j of part[i].
+struct ByTable {
+  explicit ByTable(const uint16_t* table) {
+    for (int i = 0; i < 8; ++i) part[i] = _mm512_loadu_si512(table + 32 * i);
+  }
+  Floats32 of(__m512i codes) {
+    seen = _mm512_or_si512(seen, codes);
+    const __mmask32 bit6 = _mm512_test_epi16_mask(codes, _mm512_set1_epi16(64));
+    const __mmask32 bit7 = _mm512_test_epi16_mask(codes, _mm512_set1_epi16(128));
+    const __m512i low = _mm512_mask_blend_epi16(bit6, _mm512_permutex2var_epi16(part[0], codes, part[1]),
+                                                _mm512_permutex2var_epi16(part[2], codes, part[3]));
+    const __m512i high = _mm512_mask_blend_epi16(bit6, _mm512_permutex2var_epi16(part[4], codes, part[5]),
+                                                 _mm512_permutex2var_epi16(part[6], codes, part[7]));
+    return widened(_mm512_mask_blend_epi16(bit7, low, high));
+  }
+  uint32_t any_bits() const {
+    const uint32_t words = static_cast<uint32_t>(_mm512_reduce_or_epi32(seen));
+    return (words | words >> 16) & 0xFFFF;
+  }
+  __m512i part[8], seen = _mm512_setzero_si512();
+};
+
+struct Bytes : ByTable {
+  static constexpr int64_t kBytes = 32;  // that hold 32 codes
+  using ByTable::ByTable;
+  Floats32 operator()(const uint8_t* codes) {
+    return of(_mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes))));
+  }
+};
+
+struct Nibbles : ByTable {
+  static constexpr int64_t kBytes = 16;
+  using ByTable::ByTable;
+  Floats32 operator()(const uint8_t* codes) {
+    const __m512i pairs = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
+    return of(_mm512_and_si512(_mm512_or_si512(pairs, _mm512_slli_epi32(pairs, 12)), _mm512_set1_epi16(15)));
+  }
+};
+
+struct Bf16 {
+  static constexpr int64_t kBytes = 64;
+  Floats32 operator()(const uint8_t* codes) const {
+    const __m512i upper = _mm512_loadu_si512(codes);
+    const __m512i magnitude = _mm512_and_si512(upper, _mm512_set1_epi16(0x7FFF));
+    const __mmask32 nan = _mm512_cmpgt_epi16_mask(magnitude, _mm512_set1_epi16(0x7F80));
+    return widened(_mm512_mask_mov_epi16(upper, nan, _mm512_set1_epi16(0x7FC0)));
+  }
+  uint32_t any_bits() const { return 0; }
+};
+
+struct Fp16 {
+  static constexpr int64_t kBytes = 64;
+  Floats32 operator()(const uint8_t* codes) const { return {sixteen(codes), sixteen(codes + 32)}; }
+  static __m512i sixteen(const uint8_t* codes) {
+    const __m512 x = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)));
+    const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    return _mm512_mask_mov_epi32(_mm512_castps_si512(x), nan, _mm512_set1_epi32(0x7FC00000));
+  }
+  uint32_t any_bits() const { return 0; }
+};
+
+template <class Source>
+uint32_t decode_by_32(const uint8_t* codes, int64_t count, float* out, bool past_caches, Source source) {
+  int64_t i = 0;
+  if (past_caches && reinterpret_cast<uintptr_t>(out) % 64 == 0) {
+    for (; i + 32 <= count; i += 32, codes += Source::kBytes) {
+      const Floats32 values = source(codes);
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(out + i), values.low);
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(out + i + 16), values.high);
+    }
+  }
+  for (; i + 32 <= count; i += 32, codes += Source::kBytes) {
+    const Floats32 values = source(codes);
+    _mm512_storeu_si512(out + i, values.low);
+    _mm512_storeu_si512(out + i + 16, values.high);
+  }
+  if (i < count) {
+    uint8_t last[64] = {};
+    std::memcpy(last, codes, static_cast<size_t>((count - i) * Source::kBytes / 32));
+    const Floats32 values = source(last);
+    std::memcpy(out + i, &values, static_cast<size_t>(count - i) * sizeof(float));
+  }
+  return source.any_bits();
+}
+
+inline bool is_binary16(const Codec& f) {
+  return f.bits == 16 && f.sign == Codec::kMagnitude && f.mantissa_bits == 10 && f.emin == -14 &&
+         f.inf_code == 0x7C00 && f.nan_above == 0x7C00;
+}
+
+inline bool is_bfloat16(const Codec& f) {
+  return f.bits == 16 && f.sign == Codec::kMagnitude && f.mantissa_bits == 7 && f.emin == -126 &&
+         f.inf_code == 0x7F80 && f.nan_above == 0x7F80;
+}
+
+uint32_t decode_avx512(const uint8_t* codes, bool nibbles, int64_t count, float* out, const Decoding& how,
+                       bool past_caches) {
+  if (nibbles) return decode_by_32(codes, count, out, past_caches, Nibbles(how.upper_halves));
+  if (how.codec.bits <= 8) return decode_by_32(codes, count, out, past_caches, Bytes(how.upper_halves));
+  if (is_binary16(how.codec)) return decode_by_32(codes, count, out, past_caches, Fp16());
+  if (is_bfloat16(how.codec)) return decode_by_32(codes, count, out, past_caches, Bf16());
+  return decode(codes, nibbles, count, out, how, past_caches);
+}
+
+constexpr fewbits::Kernels with_avx512(fewbits::Kernels kernels) {
+  kernels.decode = decode_avx512;
+  return kernels;
+}
+
+}  // namespace
