@@ -24,11 +24,15 @@ class Architecture:
     """How files of one `general.architecture` are read.
 
     `names` is the architecture whose tensor names the gguf package knows. In `permuted` tensors llama.cpp stores each
-    head's rows in the order of its rotary embedding (pairs side by side) and Hugging Face in halves.
+    head's rows in the order of its rotary embedding (pairs side by side) and Hugging Face in halves. `model_type` is
+    transformers' name where it is another one; `norm_offset` is what the model adds to the weights of its norms, and
+    llama.cpp's converter has added already.
     """
 
     names: MODEL_ARCH
     permuted: tuple[str, ...] = ()
+    model_type: str | None = None
+    norm_offset: float = 0.0
 
 
 ARCHITECTURES = {
@@ -36,6 +40,8 @@ ARCHITECTURES = {
     "mistral": Architecture(MODEL_ARCH.LLAMA),
     "qwen2": Architecture(MODEL_ARCH.QWEN2),
     "qwen3": Architecture(MODEL_ARCH.QWEN3),
+    "phi3": Architecture(MODEL_ARCH.PHI3),
+    "gemma3": Architecture(MODEL_ARCH.GEMMA3, model_type="gemma3_text", norm_offset=1.0),
 }
 _REQUIRED = ("block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count")
 
@@ -74,6 +80,10 @@ def gguf_config(header: GgufHeader) -> PreTrainedConfig:
         raise FewbitsError(f"{header.path}: {blocks} blocks cannot be made of {len(header.tensors)} tensors")
     values = _mapped(header, architecture) | _derived(header, architecture)
     values.pop("rope_theta", None)  # stands in rope_parameters
+    if architecture == "gemma3":
+        values |= _gemma3(header, values)
+    elif architecture == "phi3":
+        values |= _phi3(header, values)
     try:
         config = AutoConfig.for_model(**values)
     except Exception as error:  # transformers checks values with whatever exception comes
@@ -157,6 +167,36 @@ def _derived(header: GgufHeader, architecture: str) -> dict[str, Any]:
     if f"{architecture}.vocab_size" not in metadata and "tokenizer.ggml.tokens" in metadata:
         derived["vocab_size"] = len(metadata["tokenizer.ggml.tokens"])
     return derived
+
+
+def _gemma3(header: GgufHeader, values: dict[str, Any]) -> dict[str, Any]:
+    """What Gemma 3 has beside: layers with a window, which rotate otherwise, and a scale of attention."""
+    heads, head_dim = values["num_attention_heads"], values.get("head_dim", 256)
+    local = {"rope_theta": header.number("gemma3.rope.freq_base_swa", 10_000.0), "rope_type": "default"}
+    return {
+        "model_type": ARCHITECTURES["gemma3"].model_type,
+        "rope_parameters": {"full_attention": values["rope_parameters"], "sliding_attention": local},
+        # the 27B, which llama.cpp knows by its number of layers, scales by another size
+        "query_pre_attn_scalar": values["hidden_size"] // heads if values["num_hidden_layers"] == 62 else head_dim,
+        "final_logit_softcapping": header.metadata.get("gemma3.final_logit_softcapping"),
+        **_special_tokens(header),
+    }
+
+
+def _phi3(header: GgufHeader, values: dict[str, Any]) -> dict[str, Any]:
+    """What Phi-3 has beside; a window of 0 positions stands for none."""
+    original = header.whole("phi3.rope.scaling.original_context_length", values["max_position_embeddings"])
+    return {
+        "original_max_position_embeddings": original,
+        "sliding_window": header.index("phi3.attention.sliding_window") or None,
+        **_special_tokens(header),
+    }
+
+
+def _special_tokens(header: GgufHeader) -> dict[str, Any]:
+    """Token ids of the configuration, for architectures whose defaults are of a full vocabulary."""
+    names = {"bos": "bos", "eos": "eos", "padding": "pad"}
+    return {f"{its}_token_id": header.index(f"tokenizer.ggml.{name}_token_id") for name, its in names.items()}
 
 
 def _nominal_dtype(header: GgufHeader) -> torch.dtype:

@@ -72,7 +72,9 @@ class GgufFile:
             # a chunk holds whole heads: it may begin before `start` and end after `stop`
             low, high = max(start, first), min(stop, first + len(rows))
             result[low - start : high - start] = rows[low - first : high - first]
-        return torch.from_numpy(result).view(plain or torch.float32)
+        numbers = torch.from_numpy(result).view(plain or torch.float32)
+        offset = ARCHITECTURES[gguf_architecture(self._header)].norm_offset
+        return numbers - offset if offset and tensor.name.endswith("_norm.weight") else numbers
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer in the file's metadata. See `source.Source.tokenizer`."""

@@ -30,14 +30,12 @@ class Family:
         granted: Values of the configuration that llama.cpp takes for granted.
         scalings: Types of rotary scaling it has keys or tensors for.
         window: The configuration's key of a sliding window that llama.cpp does not have for this architecture.
-        norm_offset: What the model adds to the weights of its norms, and the file has added already.
     """
 
     architecture: str
     granted: dict[str, Any] = field(default_factory=dict)
     scalings: tuple[str, ...] = ("linear", "yarn")
     window: str | None = None
-    norm_offset: float = 0.0
 
 
 _SILU = {"hidden_act": "silu"}
@@ -56,7 +54,6 @@ FAMILIES = {
             "use_bidirectional_attention": False,
         },
         scalings=("linear",),
-        norm_offset=1.0,
     ),
 }
 # Parameters of a scaling that are written; llama.cpp computes the others as transformers does where they are absent.

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from fewbits.errors import FewbitsError
 from fewbits.models.gguf_blocks import encode_blocks
-from fewbits.models.gguf_config import ARCHITECTURES
-from fewbits.models.layouts.gguf_keys import FAMILIES, family_of, frequency_factors
+from fewbits.models.gguf_config import ARCHITECTURES, Architecture
+from fewbits.models.layouts.gguf_keys import family_of, frequency_factors
 from fewbits.models.precision import cast_weight
 from fewbits.models.source import Source
 
@@ -60,7 +60,7 @@ def encoded_tensor(source: Source, row: GgufRow) -> np.ndarray[tuple[int, ...], 
     out = torch.empty(count, row.nbytes // count, dtype=torch.uint8)
     head = _rows_per_head(source, row)
     step = max(1, _AT_ONCE // (math.prod(row.shape[1:]) * head)) * head
-    offset = FAMILIES[source.config.model_type].norm_offset if row.name.endswith("_norm.weight") else 0.0
+    offset = _architecture(source).norm_offset if row.name.endswith("_norm.weight") else 0.0
     for first in range(0, count, step):
         values = source.read_rows(row.tensor, first, min(first + step, count))
         _check_finite(values, row.tensor, first)
@@ -91,12 +91,15 @@ def _check_finite(values: Tensor, name: str, first: int) -> None:
     raise FewbitsError(f"{name}: row {first + row} holds NaN or Inf; mend the weights")
 
 
+def _architecture(source: Source) -> Architecture:
+    return ARCHITECTURES[family_of(source.config, source.path).architecture]
+
+
 def _rows_per_head(source: Source, row: GgufRow) -> int:
     """Rows that are permuted among themselves: the size of a head, or 1 where nothing is permuted."""
-    config = source.config
-    permuted = ARCHITECTURES[family_of(config, source.path).architecture].permuted
-    if not any(part in row.name for part in permuted):
+    if not any(part in row.name for part in _architecture(source).permuted):
         return 1
+    config = source.config
     heads = config.num_attention_heads if ".attn_q." in row.name else config.num_key_value_heads
     return row.shape[0] // int(heads)
 
