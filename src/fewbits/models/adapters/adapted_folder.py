@@ -42,9 +42,18 @@ class _Rows:
 class AdaptedFolder:
     """A family's checkpoint under transformers' names; rows are read, never a whole fused tensor. See `source.Source`.
 
+    Args:
+        raw: The folder under its own names.
+        config: The configuration of the model that it is presented as.
+        layout: Where its tensors are.
+        tokenizer: Builds the tokenizer.
+        generation_config: Says how the family wants to be sampled.
+
     Raises:
         FewbitsError: A tensor is missing, or a fused one has not the rows of its parts.
     """
+
+    auto_model_has_head = True  # `AutoModel` gives the model with its language head, as the families' own code does
 
     def __init__(
         self,

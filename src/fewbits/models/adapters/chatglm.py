@@ -24,6 +24,7 @@ from fewbits.models.adapters.raw_config import RawConfig, read_json
 from fewbits.models.source import Source
 
 _ROTARY_BASE = 10_000.0
+_GLM4_VOCABULARY = 151_552
 _PUBLISHED = "use a checkpoint with the settings of the published ChatGLM2-6B or ChatGLM3-6B"
 _UNQUANTIZED = "use the model that it was made from, such as THUDM/chatglm3-6b, with precision='int8' or 'int4'"
 # Setting: what the original takes where it is missing, what GLM can do, why not otherwise, and the remedy.
@@ -66,6 +67,10 @@ def _refuse_variants(raw: RawConfig) -> None:
     if "padded_vocab_size" not in raw.settings:
         raise raw.refuse(
             "padded_vocab_size", "is not of the architecture of ChatGLM2 and ChatGLM3", "use THUDM/chatglm3-6b"
+        )
+    if raw.settings["padded_vocab_size"] == _GLM4_VOCABULARY:
+        raise raw.refuse(
+            "padded_vocab_size", "is GLM-4, whose tokenizer is of another kind", "use THUDM/glm-4-9b-chat-hf"
         )
     for key, (default, possible, why, remedy) in _NEEDED.items():
         if raw.settings.get(key, default) not in possible:

@@ -1,8 +1,8 @@
 """The families that have an adapter, by the `model_type` in their `config.json`."""
 
 from collections.abc import Callable
-from typing import Any
 
+from fewbits.errors import FewbitsError
 from fewbits.models.adapters.baichuan import adapt_baichuan
 from fewbits.models.adapters.chatglm import adapt_chatglm
 from fewbits.models.adapters.raw_config import RawConfig, read_json
@@ -21,7 +21,10 @@ def adapted(source: Source) -> Source:
     Raises:
         FewbitsError: The family has an adapter, but this checkpoint is a variant that cannot be presented so.
     """
-    settings: dict[str, Any] = read_json(source.path / "config.json")
+    try:
+        settings = read_json(source.path / "config.json")
+    except FewbitsError:
+        return source  # whose configuration says what is wrong with the file
     model_type = settings.get("model_type")
     if not isinstance(model_type, str) or model_type not in ADAPTERS:
         return source
