@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -81,6 +82,7 @@ class Conversation:
         self._model, self._tokenizer = model, tokenizer
         self._max_new_tokens, self._temperature, self._seed = max_new_tokens, temperature, seed
         self._context = context_length(model.config)
+        self._can_reuse = _takes_cache(model)
         self.reset()
 
     def reset(self) -> None:
@@ -111,7 +113,7 @@ class Conversation:
         cache, reused = self._take_cache(ids)
         self._turn += 1
         try:
-            cache = self._generate(ids, cache, limit, pieces)
+            self._generate(ids, cache, limit, pieces)
         except KeyboardInterrupt:
             interrupted = True
             pieces.end()
@@ -122,14 +124,13 @@ class Conversation:
         self.messages = [*kept, {"role": "assistant", "content": pieces.text}]
         return Answer(pieces.text, interrupted, forgotten)
 
-    def _generate(self, ids: list[int], cache: Any, limit: int, pieces: Pieces) -> Any:
+    def _generate(self, ids: list[int], cache: Any, limit: int, pieces: Pieces) -> None:
         tokens = torch.tensor([ids], device=self._model.device)
         past = {} if cache is None else {"past_key_values": cache}
-        done = self._model.generate(
-            tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=limit, streamer=pieces,
-            return_dict_in_generate=True, **past, **sampling(self._temperature, self._seed + self._turn - 1),
+        self._model.generate(
+            tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=limit, streamer=pieces, **past,
+            **sampling(self._temperature, self._seed + self._turn - 1),
         )  # fmt: skip
-        return getattr(done, "past_key_values", None)
 
     def _prompt(self, question: Message) -> tuple[list[Message], list[int]]:
         """The question after as many of the last turns as leave room for an answer, and its tokens."""
@@ -143,21 +144,21 @@ class Conversation:
         return kept, ids
 
     def _take_cache(self, ids: list[int]) -> tuple[Any, int]:
-        """The cache, cut to the tokens it shares with `ids` (but the last, whose logits are needed); their number.
+        """A cache with the first tokens of `ids` (all but the last, whose logits are needed, at most); their number.
 
-        Whatever happens until `_keep_cache`, no half-written cache is left behind.
+        None for a model that keeps its state otherwise. Whatever happens until `_keep_cache`, no half-written cache is
+        left behind.
         """
         cache, cached, self._cache, self._cached = self._cache, self._cached, None, []
         shared = min(_shared(cached, ids), len(ids) - 1)
-        if cache is None or not (shared == len(cached) or _cut(cache, shared)):
-            return None, 0
-        return cache, shared
+        if cache is not None and (shared == len(cached) or _cut(cache, shared)):
+            return cache, shared
+        new = transformers.DynamicCache(config=self._model.config.get_text_config()) if self._can_reuse else None
+        return new, 0
 
     def _keep_cache(self, cache: Any, ids: list[int], *, torn: bool) -> None:
         """Keep a cache of these tokens; one that an interrupt left torn between its layers is cut to them."""
-        if isinstance(cache, transformers.DynamicCache) and (
-            _cut(cache, len(ids)) if torn else cache.get_seq_length() == len(ids)
-        ):
+        if cache is not None and (_cut(cache, len(ids)) if torn else cache.get_seq_length() == len(ids)):
             self._cache, self._cached = cache, ids
 
 
@@ -201,6 +202,12 @@ def _tokens(
         raise FewbitsError(f"the chat template refuses the messages: {error}; {remedy}") from error
     ids: list[int] = encoded["input_ids"]
     return ids
+
+
+def _takes_cache(model: transformers.PreTrainedModel) -> bool:
+    """Whether a model can go on from a DynamicCache; Mamba, RWKV and the like have states of their own."""
+    named = "past_key_values" in signature(model.forward).parameters
+    return named and model._supports_default_dynamic_cache()
 
 
 def _shared(one: Sequence[int], other: Sequence[int]) -> int:
