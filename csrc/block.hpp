@@ -4,9 +4,8 @@
 //   1  a run of blocks passes through loops over all its blocks, then all its elements: each loop is vectorized
 //   2  MX: x · 2^-e is exact, so the elements go through encode_floats
 //   3  NVFP4: no division of elements. A quotient passes a rounding boundary t where |x| passes t · divisor, and that
-//      product is exact in a double (3 + 28 bits): seven comparisons give the code
-//   4  NVFP4: multiplication by the reciprocal in float32 is off by less than two units in the last place, which
-//      matters only beside a boundary. Blocks with such an element, one in 7,000 of random numbers, go through 3
+//      product is exact in a double (3 + 28 bits). A divisor is one of 127 scales, times that of the tensor: a table
+//      has the first float32 past each boundary, for each of them, and seven comparisons of integers give the code
 //
 // The meaning is fewbits/tensors/block.py. Included once per instruction set, after cast.hpp.
 #pragma once
@@ -74,10 +73,12 @@ inline void scale_blocks(const float* x, int64_t count, int64_t size, const floa
 // NaN and Inf erase their block: scale NaN, codes 0.
 inline void erase_blocks(const int32_t* amax, int64_t count, int64_t size, int32_t nan_scale, uint8_t* codes,
                          uint8_t* scales) {
-  for (int64_t i = 0; i < count; i += size) {
-    if (amax[i / size] < kFloatInf) continue;
-    scales[i / size] = static_cast<uint8_t>(nan_scale);
-    std::fill_n(codes + i, std::min(size, count - i), uint8_t{0});
+  int32_t largest = 0;
+  for (int64_t b = 0; b * size < count; ++b) largest = amax[b] > largest ? amax[b] : largest;
+  for (int64_t b = 0; largest >= kFloatInf && b * size < count; ++b) {
+    if (amax[b] < kFloatInf) continue;
+    scales[b] = static_cast<uint8_t>(nan_scale);
+    std::fill_n(codes + b * size, std::min(size, count - b * size), uint8_t{0});
   }
 }
 
@@ -107,84 +108,86 @@ void mx_encode(const float* x, int64_t count, const MxFormat& f, uint8_t* codes,
     mx_run(x + first, std::min(kRun, count - first), f, codes + first, scales + first / f.size);
 }
 
-// Scale codes of blocks: amax / (6 · tensor scale) to nearest even, as encode_loop does it but from doubles.
+// Scale codes of blocks: amax / (6 · tensor scale) to nearest even, as encode_plain_nearest does it but from doubles.
 inline void nvfp4_scales(const int32_t* __restrict amax, int64_t blocks, const Nvfp4Format& f,
                          uint8_t* __restrict scales) {
   const double whole = f.element_max * f.tensor_scale;
-  const int64_t emin = f.scale.emin, mantissa_bits = f.scale.mantissa_bits, max_code = f.scale.max_code;
-  double quotients[kBlocks];
-  int64_t codes[kBlocks];
+  const int32_t mantissa_bits = f.scale.mantissa_bits, emin = f.scale.emin, drop = 52 - mantissa_bits;
+  const int64_t half = int64_t{1} << (drop - 1), max_code = f.scale.max_code;
+  const int64_t rebias = static_cast<int64_t>(emin + 1022) << mantissa_bits;
+  const double smallest_normal = std::bit_cast<double>(static_cast<int64_t>(emin + 1023) << 52);
+  const double anchor = std::bit_cast<double>(static_cast<int64_t>(emin - mantissa_bits + 52 + 1023) << 52);
+  alignas(64) double quotients[kBlocks];
   for (int64_t b = 0; b < blocks; ++b) quotients[b] = static_cast<double>(std::bit_cast<float>(amax[b])) / whole;
   for (int64_t b = 0; b < blocks; ++b) {
-    const uint64_t bits = std::bit_cast<uint64_t>(quotients[b]);
-    const int64_t field = static_cast<int64_t>(bits >> 52);
-    const uint64_t implicit = field > 0 ? uint64_t{1} << 52 : 0;
-    const int64_t above = (field > 1 ? field : 1) - 1023 - emin;
-    const uint64_t significand = (bits & ((uint64_t{1} << 52) - 1)) | implicit;
-    const int64_t drop = 52 - mantissa_bits - (above < 0 ? above : 0);
-    const uint64_t shift = static_cast<uint64_t>(drop < 54 ? drop : 54);
-    const uint64_t half = (uint64_t{1} << shift) >> 1, odd = (significand >> shift) & 1;
-    const int64_t kept = static_cast<int64_t>((significand + half - 1 + odd) >> shift);
-    const int64_t code = ((above > 0 ? above : 0) << mantissa_bits) + kept;
-    codes[b] = code > max_code ? max_code : code;
-  }
-  for (int64_t b = 0; b < blocks; ++b) {
+    const int64_t bits = std::bit_cast<int64_t>(quotients[b]);
+    const int64_t odd = static_cast<int64_t>(static_cast<uint64_t>(bits) >> drop) & 1;
+    const int64_t normal = static_cast<int64_t>(static_cast<uint64_t>(bits + half - 1 + odd) >> drop) - rebias;
+    const int64_t small = std::bit_cast<int64_t>(quotients[b] + anchor) - std::bit_cast<int64_t>(anchor);
+    int64_t code = quotients[b] < smallest_normal ? small : normal;
+    code = code < max_code ? code : max_code;
     const int64_t least = amax[b] > 0 ? 1 : 0;  // a small block keeps a scale: 0 would erase it
-    scales[b] = static_cast<uint8_t>(codes[b] > least ? codes[b] : least);
+    scales[b] = static_cast<uint8_t>(code > least ? code : least);
   }
 }
 
-// Which quotients, off by two units in the last place at most, are too near to a boundary of E2M1 to tell.
-inline void near_boundaries(const float* __restrict values, int64_t count, uint8_t* __restrict near) {
-  constexpr int32_t kNear = 8;
-  constexpr int32_t kBoundary = (1 << 21) - 1;  // boundaries end in 21 zeros
-  for (int64_t i = 0; i < count; ++i) {
-    const int32_t magnitude = std::bit_cast<int32_t>(values[i]) & 0x7FFFFFFF;
-    const int32_t beside = ((magnitude + kNear) & kBoundary) <= 2 * kNear ? 1 : 0;
-    near[i] = static_cast<uint8_t>(magnitude > 0x3E000000 ? beside : 0);  // 0.125: all that is smaller becomes 0
+// Codes of blocks: as many boundaries as the magnitude passes, and the sign.
+#if defined(__AVX512VNNI__)
+inline void count_boundaries(const float* x, int64_t blocks, const Nvfp4Format& f, const uint8_t* scales,
+                             int32_t* codes) {
+  for (int64_t b = 0; b < blocks; ++b) {  // by bisection: the middle boundary, then one of two, then one of four
+    const int32_t* first = f.boundaries[scales[b]];
+    const __m512i all = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(first)));
+    const __m512i bits = _mm512_loadu_si512(x + b * 16);
+    const __m512i magnitude = _mm512_and_si512(bits, _mm512_set1_epi32(0x7FFFFFFF));
+    __m512i code = _mm512_and_si512(_mm512_srli_epi32(bits, 28), _mm512_set1_epi32(8));
+    const __mmask16 upper = _mm512_cmpge_epi32_mask(magnitude, _mm512_set1_epi32(first[3]));
+    code = _mm512_mask_add_epi32(code, upper, code, _mm512_set1_epi32(4));
+    const __m512i second = _mm512_mask_set1_epi32(_mm512_set1_epi32(first[1]), upper, first[5]);
+    const __mmask16 beyond = _mm512_cmpge_epi32_mask(magnitude, second);
+    code = _mm512_mask_add_epi32(code, beyond, code, _mm512_set1_epi32(2));
+    const __m512i third = _mm512_permutexvar_epi32(code, all);  // the sign bit selects the other copy
+    const __mmask16 last = _mm512_cmpge_epi32_mask(magnitude, third);
+    _mm512_storeu_si512(codes + b * 16, _mm512_mask_add_epi32(code, last, code, _mm512_set1_epi32(1)));
   }
 }
+#else
+// GCC finds no vectors in a loop of seven comparisons.
+#if defined(__AVX2__)
+constexpr int64_t kLanes = 8;
+#else
+constexpr int64_t kLanes = 4;
+#endif
+typedef int32_t Lanes __attribute__((vector_size(kLanes * 4)));
 
-// Codes of a block by comparisons that are exact.
-inline void nvfp4_compare(const float* block, int64_t count, double divisor, const Nvfp4Format& f, uint8_t* codes) {
-  double bounds[7];
-  for (int b = 0; b < 7; ++b) bounds[b] = f.bounds[b] * divisor;
-  for (int64_t i = 0; i < count; ++i) {
-    const int32_t bits = std::bit_cast<int32_t>(block[i]);
-    const double magnitude = std::bit_cast<float>(bits & 0x7FFFFFFF);
-    int32_t above = 0;  // a tie goes to the even code: up past an odd one
-    above += (magnitude > bounds[0]) + (magnitude >= bounds[1]) + (magnitude > bounds[2]) + (magnitude >= bounds[3]);
-    above += (magnitude > bounds[4]) + (magnitude >= bounds[5]) + (magnitude > bounds[6]);
-    codes[i] = static_cast<uint8_t>(above | (static_cast<uint32_t>(bits) >> 31 << 3));
+inline void count_boundaries(const float* x, int64_t blocks, const Nvfp4Format& f, const uint8_t* scales,
+                             int32_t* codes) {
+  for (int64_t b = 0; b < blocks; ++b) {
+    const int32_t* first = f.boundaries[scales[b]];
+    for (int64_t i = b * 16; i < b * 16 + 16; i += kLanes) {
+      Lanes bits;
+      std::memcpy(&bits, x + i, sizeof bits);
+      const Lanes magnitude = bits & 0x7FFFFFFF;
+      Lanes code = (bits >> 28) & 8;
+      for (int k = 0; k < 7; ++k) code -= magnitude >= first[k];  // true is -1
+      std::memcpy(codes + i, &code, sizeof code);
+    }
   }
 }
+#endif
 
 void nvfp4_run(const float* x, int64_t count, const Nvfp4Format& f, uint8_t* codes, uint8_t* scales) {
-  constexpr double kLeast = 0x1p-100, kMost = 0x1p100;  // beyond, a reciprocal or a quotient may leave float32
-  alignas(64) float values[kRun], decoded[kBlocks], inverses[kBlocks];
-  alignas(64) double divisors[kBlocks];
-  alignas(64) uint8_t near[kRun];
-  alignas(64) int32_t amax[kBlocks];
-  const int64_t blocks = fewbits::ceil_div(count, f.size);
+  alignas(64) int32_t amax[kBlocks], wide[kRun];
+  const int64_t whole = count / 16;
   amax_of_blocks(x, count, f.size, amax);
-  nvfp4_scales(amax, blocks, f, scales);
-  decode_codes(scales, blocks, decoded, f.scale);
-  for (int64_t b = 0; b < blocks; ++b) {
-    const double product = static_cast<double>(decoded[b]) * f.tensor_scale;
-    divisors[b] = product > 0 ? product : 1;
-    inverses[b] = static_cast<float>(1 / divisors[b]);
+  nvfp4_scales(amax, fewbits::ceil_div(count, f.size), f, scales);
+  count_boundaries(x, whole, f, scales, wide);
+  if (const auto rest = static_cast<size_t>(count - whole * 16)) {
+    float last[16] = {};
+    std::memcpy(last, x + whole * 16, rest * sizeof(float));
+    count_boundaries(last, 1, f, scales + whole, wide + whole * 16);
   }
-  scale_blocks(x, count, f.size, inverses, values);
-  encode_floats(values, count, codes, f.element, 0);
-  near_boundaries(values, count, near);
-  int32_t exact = std::memchr(near, 1, static_cast<size_t>(count)) ? 1 : 0;
-  for (int64_t b = 0; b < blocks; ++b) exact |= (divisors[b] < kLeast) | (divisors[b] > kMost) ? 1 : 0;
-  for (int64_t b = 0; exact && b < blocks; ++b) {
-    const int64_t at = b * f.size, n = std::min<int64_t>(f.size, count - at);
-    const bool in_range = divisors[b] >= kLeast && divisors[b] <= kMost;
-    if (!in_range || std::memchr(near + at, 1, static_cast<size_t>(n)))
-      nvfp4_compare(x + at, n, divisors[b], f, codes + at);
-  }
+  for (int64_t i = 0; i < count; ++i) codes[i] = static_cast<uint8_t>(wide[i]);
   erase_blocks(amax, count, f.size, f.scale.nan_code, codes, scales);
 }
 

@@ -61,7 +61,8 @@ struct Nvfp4Format {
   int32_t size;
   double element_max;
   double tensor_scale;
-  double bounds[7];  // the middles between neighbouring element values
+  double bounds[7];              // the middles between neighbouring element values
+  int32_t boundaries[128][8]{};  // by scale code: the bits of the first magnitude that passes each of them
 };
 
 // An element's random word depends on the key and its position alone: the same bits for any thread count.

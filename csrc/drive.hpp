@@ -25,7 +25,7 @@ void round(const void* x, const Codec* source, int64_t count, const Rounder& rou
 // x [M, K] -> codes [M, K], scales [M, ceil(K / size)].
 void mx_encode(const float* x, int64_t M, int64_t K, const MxFormat& format, uint8_t* codes, uint8_t* scales,
                int threads);
-void nvfp4_encode(const float* x, int64_t M, int64_t K, const Nvfp4Format& format, uint8_t* codes, uint8_t* scales,
+void nvfp4_encode(const float* x, int64_t M, int64_t K, Nvfp4Format format, uint8_t* codes, uint8_t* scales,
                   int threads);
 float finite_amax(const float* x, int64_t count, int threads);
 

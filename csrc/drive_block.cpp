@@ -1,5 +1,6 @@
 // Block formats of whole tensors x [M, K]: blocks lie along K, the last one of a row may be short.
 #include <algorithm>
+#include <bit>
 #include <vector>
 
 #include "drive.hpp"
@@ -26,6 +27,25 @@ void in_runs(const float* x, int64_t M, int64_t K, int64_t size, uint8_t* codes,
   });
 }
 
+// The bits of the first float32 beyond t, which a double holds; t itself counts where the code after it is even.
+int32_t first_past(double t, bool upper_is_even) {
+  const float near = static_cast<float>(t);
+  const double rounded = near;
+  return std::bit_cast<int32_t>(near) + (rounded > t || (rounded == t && upper_is_even) ? 0 : 1);
+}
+
+void fill_boundaries(Nvfp4Format& format) {
+  uint8_t codes[128];
+  float scales[128];
+  for (int code = 0; code < 128; ++code) codes[code] = static_cast<uint8_t>(code);
+  chosen().kernels->decode_codes(codes, 128, scales, format.scale);
+  for (int code = 0; code < 128; ++code) {
+    const double product = static_cast<double>(scales[code]) * format.tensor_scale;
+    const double divisor = product > 0 ? product : 1;
+    for (int b = 0; b < 7; ++b) format.boundaries[code][b] = first_past(format.bounds[b] * divisor, b % 2 == 1);
+  }
+}
+
 }  // namespace
 
 void mx_encode(const float* x, int64_t M, int64_t K, const MxFormat& format, uint8_t* codes, uint8_t* scales,
@@ -36,8 +56,9 @@ void mx_encode(const float* x, int64_t M, int64_t K, const MxFormat& format, uin
           });
 }
 
-void nvfp4_encode(const float* x, int64_t M, int64_t K, const Nvfp4Format& format, uint8_t* codes, uint8_t* scales,
+void nvfp4_encode(const float* x, int64_t M, int64_t K, Nvfp4Format format, uint8_t* codes, uint8_t* scales,
                   int threads) {
+  fill_boundaries(format);
   in_runs(x, M, K, format.size, codes, scales, threads,
           [&](const float* from, int64_t count, uint8_t* to, uint8_t* scale) {
             chosen().kernels->nvfp4_encode(from, count, format, to, scale);
