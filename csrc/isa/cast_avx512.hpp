@@ -2,7 +2,7 @@
 //
 //   1  decode, codes of at most 8 bits: all values have at most 8 significant bits, so a table holds their upper
 //      halves, 256 x 16 bits in eight registers: four look-ups of 64 entries, and bits 6 and 7 choose among the four
-//   2  decode, fp16: an instruction; only NaN needs a hand
+//   2  fp16 both ways: an instruction; only NaN needs a hand. bf16 to nearest: two additions, and the upper half
 //   3  results go past the caches straight from the registers
 #pragma once
 
@@ -130,8 +130,44 @@ uint32_t decode_avx512(const uint8_t* codes, bool nibbles, int64_t count, float*
   return decode(codes, nibbles, count, out, how, past_caches);
 }
 
+struct ToFp16 {
+  static __m256i of(__m512i x) { return _mm512_cvtps_ph(_mm512_castsi512_ps(x), _MM_FROUND_TO_NEAREST_INT); }
+};
+
+struct ToBf16 {
+  static __m256i of(__m512i x) {
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(x, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(x, _mm512_set1_epi32(0x7FFF)), odd);
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+  }
+};
+
+template <class To>
+void encode_by_16(const float* x, int64_t count, uint16_t* codes, int32_t nan_code) {
+  const __m256i nan = _mm256_set1_epi16(static_cast<int16_t>(nan_code));
+  for (int64_t i = 0; i < count; i += 16) {
+    const __mmask16 here = static_cast<__mmask16>(count - i < 16 ? (1 << (count - i)) - 1 : 0xFFFF);
+    const __m512i bits = _mm512_maskz_loadu_epi32(here, x + i);
+    const __m512 value = _mm512_castsi512_ps(bits);
+    const __mmask16 is_nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+    _mm256_mask_storeu_epi16(codes + i, here, _mm256_mask_mov_epi16(To::of(bits), is_nan, nan));
+  }
+}
+
+void encode_avx512(const float* x, int64_t count, void* codes, const Rounder& rounder, uint64_t position) {
+  const Codec& f = rounder.codec;
+  const bool to_inf = rounder.over[0] == f.inf_code && rounder.over[1] == f.inf_code &&
+                      rounder.inf[0] == f.inf_code && rounder.inf[1] == f.inf_code;
+  if (rounder.rounding == fewbits::kNearestEven && to_inf && is_binary16(f))
+    return encode_by_16<ToFp16>(x, count, static_cast<uint16_t*>(codes), f.nan_code);
+  if (rounder.rounding == fewbits::kNearestEven && to_inf && is_bfloat16(f))
+    return encode_by_16<ToBf16>(x, count, static_cast<uint16_t*>(codes), f.nan_code);
+  encode_floats(x, count, codes, rounder, position);
+}
+
 constexpr fewbits::Kernels with_avx512(fewbits::Kernels kernels) {
   kernels.decode = decode_avx512;
+  kernels.encode_floats = encode_avx512;
   return kernels;
 }
 
