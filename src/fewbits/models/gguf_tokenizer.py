@@ -1,7 +1,8 @@
 """The tokenizer that a GGUF file carries in its metadata, built by transformers' own converter.
 
 What the converter leaves out is set here: how a byte-level vocabulary cuts text before merging, where the converter
-knows no expression for the name, and that a sentencepiece vocabulary puts no space before a text.
+knows no expression for the name, and that a sentencepiece vocabulary puts no space before a text. What it adds, tokens
+that the file does not have, is taken away.
 """
 
 from typing import Any
@@ -43,12 +44,27 @@ def gguf_tokenizer(header: GgufHeader) -> PreTrainedTokenizerBase:
         settings[name] = _token(header, key, vocabulary["tokens"])
     try:
         backend, more = convert_gguf_tokenizer(header.metadata["general.architecture"], vocabulary)
+        backend = _without_strangers(backend, len(vocabulary["tokens"]))
         _complete(backend, vocabulary)
         return TokenizersBackend(tokenizer_object=backend, name_or_path=str(header.path), **(settings | more))
     except Exception as error:  # the converter trusts the file: a broken vocabulary fails anywhere
         raise FewbitsError(
             f"{header.path}: transformers cannot build its tokenizer: {' '.join(str(error).split())}"
         ) from error
+
+
+def _without_strangers(backend: Tokenizer, size: int) -> Tokenizer:
+    """The tokenizer without tokens that the converter adds of its own: the model has no rows for them."""
+    added = backend.get_added_tokens_decoder()
+    if all(index < size for index in added):
+        return backend
+    result = Tokenizer(backend.model)  # which is shared; added tokens cannot be taken away
+    for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+        setattr(result, part, getattr(backend, part))
+    for index, token in sorted(added.items()):
+        if index < size:
+            (result.add_special_tokens if token.special else result.add_tokens)([token])
+    return result
 
 
 def _complete(backend: Tokenizer, vocabulary: dict[str, Any]) -> None:

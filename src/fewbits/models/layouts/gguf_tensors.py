@@ -56,39 +56,35 @@ def encoded_tensor(source: Source, row: GgufRow) -> np.ndarray[tuple[int, ...], 
         factors = frequency_factors(source.config)
         assert factors is not None, row
         return factors.view(np.uint8)
-    count = row.shape[0]
+    where, count = f"{source.path}: {row.tensor}", row.shape[0]
     out = torch.empty(count, row.nbytes // count, dtype=torch.uint8)
     head = _rows_per_head(source, row)
     step = max(1, _AT_ONCE // (math.prod(row.shape[1:]) * head)) * head
     offset = _architecture(source).norm_offset if row.name.endswith("_norm.weight") else 0.0
     for first in range(0, count, step):
         values = source.read_rows(row.tensor, first, min(first + step, count))
-        _check_finite(values, row.tensor, first)
-        try:
-            encoded = _encode(values.float() + offset if offset else values, row, first)
-        except FewbitsError as error:
-            raise FewbitsError(f"{source.path}: {row.tensor}: {error}") from None
+        _check_finite(values, where, first)
+        encoded = _encode(values.float() + offset if offset else values, row.type, where, first)
         out[first : first + step] = _pairs(encoded, head)
     return out.numpy()
 
 
-def _encode(values: Tensor, row: GgufRow, first: int) -> Tensor:
-    """Bytes ``[rows, bytes of a row]`` of values ``[rows, …]``."""
-    dtype = PLAIN.get(row.type)
-    if dtype is None:
-        return encode_blocks(values, row.type, first_row=first)
-    return cast_weight(row.tensor or row.name, values, dtype).contiguous().view(len(values), -1).view(torch.uint8)
+def _encode(values: Tensor, kind: GGMLQuantizationType, where: str, first: int) -> Tensor:
+    """Bytes ``[rows, bytes of a row]`` of values ``[rows, …]``, of which the first is row ``first`` of its tensor."""
+    dtype = PLAIN.get(kind)
+    if dtype is not None:
+        return cast_weight(where, values, dtype).contiguous().view(len(values), -1).view(torch.uint8)
+    try:
+        return encode_blocks(values, kind, first_row=first)
+    except FewbitsError as error:
+        raise FewbitsError(f"{where}: {error}") from None
 
 
-def _check_finite(values: Tensor, name: str, first: int) -> None:
+def _check_finite(values: Tensor, where: str, first: int) -> None:
     if all(extreme.isfinite() for extreme in values.aminmax()):  # takes no memory
         return
-    row = (
-        int((~values.isfinite()).flatten(1).any(dim=1).nonzero()[0])
-        if values.ndim > 1
-        else int((~values.isfinite()).nonzero()[0])
-    )
-    raise FewbitsError(f"{name}: row {first + row} holds NaN or Inf; mend the weights")
+    row = int((~values.isfinite()).view(len(values), -1).any(dim=1).nonzero()[0])
+    raise FewbitsError(f"{where}: row {first + row} holds NaN or Inf; mend the weights")
 
 
 def _architecture(source: Source) -> Architecture:
