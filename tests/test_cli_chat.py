@@ -91,6 +91,12 @@ class Terminal:
         shown, found, self.unread = shown.partition(text)
         return shown + found
 
+    def read_to_prompt(self) -> str:
+        """All up to the prompt; then waits until it listens: a signal just before readline's select is seen late."""
+        shown = self.read_until(">>> ")
+        time.sleep(0.5)
+        return shown
+
     def end(self) -> tuple[int, str]:
         """The exit code, and what was still shown."""
         shown = self.read(at_least=sys.maxsize)
@@ -100,7 +106,7 @@ class Terminal:
 @pytest.fixture
 def terminal(talker: Path) -> Iterator[Terminal]:
     with Terminal("chat", talker, "--temperature", 0, "--max-new-tokens", 90_000) as started:
-        started.read_until(">>> ")
+        started.read_to_prompt()
         yield started
 
 
@@ -170,21 +176,21 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(terminal: Terminal) -> None
     terminal.read_until("hello")
     terminal.read(at_least=300)  # in the middle of an answer that would take minutes
     terminal.type(CTRL_C)
-    shown = terminal.read_until(">>> ")
+    shown = terminal.read_to_prompt()
     assert "stopped" in shown
     assert "Traceback" not in shown
     terminal.type("he\n")
     terminal.read(at_least=300)
     terminal.type(CTRL_C)
-    assert "stopped" in terminal.read_until(">>> ")
+    assert "stopped" in terminal.read_to_prompt()
     terminal.type("/reset\n")
-    assert "forgotten" in terminal.read_until(">>> ")
+    assert "forgotten" in terminal.read_to_prompt()
     terminal.type("/help\n")
     assert "/quit" in terminal.read_until("goes on.")
-    terminal.read_until(">>> ")
+    terminal.read_to_prompt()
     terminal.type("/surprise\n")
     assert "no command /surprise" in terminal.read_until("lists them")
-    terminal.read_until(">>> ")
+    terminal.read_to_prompt()
     terminal.type(CTRL_D)
     code, rest = terminal.end()
     assert code == 0
@@ -194,13 +200,13 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(terminal: Terminal) -> None
 def test_ctrl_c_at_the_prompt_asks_once(terminal: Terminal) -> None:
     terminal.type(CTRL_C)
     terminal.read_until("Ctrl-C again ends")
-    terminal.read_until(">>> ")
+    terminal.read_to_prompt()
     terminal.type("/reset\n")
     terminal.read_until("forgotten")
-    terminal.read_until(">>> ")
+    terminal.read_to_prompt()
     terminal.type(CTRL_C)
     terminal.read_until("Ctrl-C again ends")
-    terminal.read_until(">>> ")
+    terminal.read_to_prompt()
     terminal.type(CTRL_C)
     assert terminal.end()[0] == 0
 
@@ -209,7 +215,7 @@ def test_lines_are_edited_and_remembered(terminal: Terminal) -> None:
     pytest.importorskip("readline")
     terminal.type("/resetx\x7f\n")
     terminal.read_until("forgotten")
-    terminal.read_until(">>> ")
+    terminal.read_to_prompt()
     terminal.type("\x1b[A\n")  # up: the line before
     terminal.read_until("forgotten")
     terminal.type("/quit\n")
