@@ -7,7 +7,10 @@ if TYPE_CHECKING:
     from fewbits.errors import FewbitsError as FewbitsError
     from fewbits.formats import Format as Format
     from fewbits.measure.compare import compare as compare
+    from fewbits.models.load import AutoModel as AutoModel
     from fewbits.models.load import AutoModelForCausalLM as AutoModelForCausalLM
+    from fewbits.models.load import AutoModelForSeq2SeqLM as AutoModelForSeq2SeqLM
+    from fewbits.models.load import AutoModelForSequenceClassification as AutoModelForSequenceClassification
     from fewbits.models.load import AutoTokenizer as AutoTokenizer
     from fewbits.quantize.convert import convert as convert
     from fewbits.tensors.block import BlockCodes as BlockCodes
@@ -16,7 +19,10 @@ if TYPE_CHECKING:
     from fewbits.tensors.cast import round_to as round_to
 
 _HOMES = {
+    "AutoModel": "fewbits.models.load",
     "AutoModelForCausalLM": "fewbits.models.load",
+    "AutoModelForSeq2SeqLM": "fewbits.models.load",
+    "AutoModelForSequenceClassification": "fewbits.models.load",
     "AutoTokenizer": "fewbits.models.load",
     "BlockCodes": "fewbits.tensors.block",
     "FewbitsError": "fewbits.errors",

@@ -4,6 +4,7 @@ import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,9 +15,10 @@ from transformers import CompressedTensorsConfig
 
 import fewbits
 from fewbits.errors import FewbitsError
-from fewbits.models.layouts.compressed_tensors import quantization_config, stored_precision
+from fewbits.models.layouts.compressed_tensors import precision_of, quantization_config
 from fewbits.models.linear import QuantLinear
 from fewbits.models.precision import PRECISIONS
+from fewbits.models.quantized_source import as_weights
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
@@ -131,7 +133,7 @@ def changed(path: str, value: Any) -> dict[str, Any]:
 
 
 def test_what_is_written_is_read() -> None:
-    assert stored_precision(CONFIG, "x") is PRECISIONS["int8"]
+    assert precision_of(CONFIG, "x") is PRECISIONS["int8"]
 
 
 @pytest.mark.parametrize(
@@ -147,7 +149,7 @@ def test_a_key_may_be_left_out(path: str) -> None:
     for key in keys:
         inner = inner[key]
     del inner[last]
-    assert stored_precision(config, "x") is PRECISIONS["int8"]
+    assert precision_of(config, "x") is PRECISIONS["int8"]
 
 
 @pytest.mark.parametrize(
@@ -180,10 +182,11 @@ def test_another_scheme_is_refused_by_name(path: str, value: Any) -> None:
     config = changed(path, value)
     message = rf"x: this compressed-tensors scheme \('{config['format']}'\) cannot be read; int-quantized"
     with pytest.raises(FewbitsError, match=message):
-        stored_precision(config, "x")
+        precision_of(config, "x")
 
 
-@pytest.mark.parametrize("method", ["gptq", "bitsandbytes", "fp8", None])
+@pytest.mark.parametrize("method", ["gptq", "awq", "fp8", None])
 def test_another_method_is_refused_by_name(method: str | None) -> None:
-    with pytest.raises(FewbitsError, match=rf"x: quant_method {method!r} cannot be read; 'compressed-tensors' can"):
-        stored_precision({"quant_method": method}, "x")
+    source = SimpleNamespace(config=SimpleNamespace(quantization_config={"quant_method": method}), path="x")
+    with pytest.raises(FewbitsError, match=rf"x: quant_method {method!r} cannot be read; 'compressed-tensors'.* can"):
+        as_weights(source)

@@ -137,7 +137,7 @@ def test_bits_count_the_stored_scales(scale_dtype: torch.dtype, bits: int) -> No
 def test_it_moves_and_prints_like_a_module() -> None:
     layer, _, _ = make(QuantLinear, 40, 64)
     again, _, _ = make(QuantLinear, 40, 64, bias=True)
-    again.packed.zero_()
+    again.weight.zero_()
     again.load_state_dict(layer.state_dict())
     x = random(2, 64)
     assert torch.equal(again(x), layer(x))

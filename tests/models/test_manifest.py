@@ -7,6 +7,7 @@ from tiny_gguf import tiny_config
 from fewbits.errors import FewbitsError
 from fewbits.models.load import empty_model
 from fewbits.models.manifest import ManifestRow, make_manifest
+from fewbits.models.naming import places
 from fewbits.models.precision import PRECISIONS
 
 INT8 = PRECISIONS["int8"]
@@ -15,7 +16,8 @@ INT8 = PRECISIONS["int8"]
 def make(architecture: str = "qwen2", precision: str = "int8", dtype: torch.dtype = torch.bfloat16, **options):  # noqa: ANN
     model = empty_model(tiny_config(architecture), dtype)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    rows = make_manifest(model, shapes | options.pop("extra", {}), PRECISIONS[precision], dtype=dtype, **options)
+    shapes |= options.pop("extra", {})
+    rows = make_manifest(model, shapes, places(model, shapes), PRECISIONS[precision], dtype=dtype, **options)
     return {row.tensor: row for row in rows}
 
 
@@ -73,4 +75,5 @@ def test_a_pattern_that_keeps_nothing_is_an_error(pattern: str) -> None:
 def test_a_model_without_linear_layers_is_refused() -> None:
     model = empty_model(tiny_config("llama"), torch.bfloat16)
     with pytest.raises(FewbitsError, match="has no linear layer to quantize to int8; convert it to bf16 instead"):
-        make_manifest(model, {"model.norm.weight": (64,)}, INT8, dtype=torch.bfloat16)
+        norm = {"model.norm.weight": (64,)}
+        make_manifest(model, norm, places(model, norm), INT8, dtype=torch.bfloat16)

@@ -146,9 +146,17 @@ def test_a_value_beyond_half_precision_is_refused_by_name(tiny: Path, tmp_path: 
 
 
 def test_int8_is_not_converted_again(tiny_int8: Path, tmp_path: Path) -> None:
-    for to in ("int8", "bf16"):
-        with pytest.raises(fewbits.FewbitsError, match="is int8 already; convert the model that it was made from"):
-            fewbits.convert(tiny_int8, tmp_path / "out", to)
+    with pytest.raises(fewbits.FewbitsError, match="is int8 already; convert the model that it was made from"):
+        fewbits.convert(tiny_int8, tmp_path / "out", "int8")
+
+
+def test_int8_is_dequantized_to_a_cast_and_the_second_rounding_is_told(tiny_int8: Path, tmp_path: Path) -> None:
+    done = fewbits.convert(tiny_int8, tmp_path / "out", "bf16")
+    assert done.rounding == "weights were rounded to int8 before and are rounded again, to bf16"
+    name = "model.layers.0.mlp.up_proj.weight"
+    codes, scales = read(tiny_int8)[name], read(tiny_int8)[f"{name}_scale"]
+    assert torch.equal(read(tmp_path / "out")[name], (codes.float() * scales.float()).bfloat16())
+    assert f"{name}_scale" not in read(tmp_path / "out")
 
 
 def test_options_that_make_no_sense_are_refused(tiny: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fewbits.errors import FewbitsError
 from fewbits.kernels import native, reference
-from fewbits.kernels.packing import CHANNELS, GROUP
+from fewbits.kernels.packing import CHANNELS, GROUP, unpack_int8
 
 _library: Any = torch.library.Library("fewbits", "DEF")  # type: ignore[no-untyped-call]
 
@@ -96,6 +96,28 @@ _define("int8_matmul",
 
 _define("int8_linear", "(Tensor x, Tensor packed, Tensor channel_scales, Tensor? bias) -> Tensor",
         _int8_linear_shape, reference.int8_linear)  # fmt: skip
+_define("int8_linear_two_digits", "(Tensor x, Tensor packed, Tensor channel_scales, Tensor? bias) -> Tensor",
+        _int8_linear_shape, reference.int8_linear_two_digits)  # fmt: skip
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, packed, channel_scales, _ = inputs
+    ctx.save_for_backward(packed, channel_scales)
+    ctx.in_features = x.shape[-1]
+
+
+def _straight_through(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradient of x as if it had not been quantized; the weight takes none."""
+    packed, channel_scales = ctx.saved_tensors
+    weight = unpack_int8(packed, channel_scales.shape[0], ctx.in_features).float()
+    of_bias = gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[3] else None
+    return (gradient * channel_scales) @ weight, None, None, of_bias
+
+
+for _name in ("int8_linear", "int8_linear_two_digits"):
+    torch.library.register_autograd(
+        f"fewbits::{_name}", _straight_through, setup_context=_keep_for_backward, lib=_library
+    )
 
 
 def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,6 +167,8 @@ def int8_matmul(
 def int8_linear(x: Tensor, packed: Tensor, channel_scales: Tensor, bias: Tensor | None = None) -> Tensor:
     """``quantize_per_token`` and ``int8_matmul`` in one call: the same bits, less to wait for in a decode step.
 
+    The gradient of x is that of the float layer (straight-through); the weight takes none.
+
     Args:
         x: Activations, float32 ``[..., K]``, any strides.
         packed: Weights as ``pack_int8`` lays them out.
@@ -158,4 +182,17 @@ def int8_linear(x: Tensor, packed: Tensor, channel_scales: Tensor, bias: Tensor 
         FewbitsError: If a dtype or shape is another.
     """
     result: Tensor = torch.ops.fewbits.int8_linear(x, packed, channel_scales, bias)
+    return result
+
+
+def int8_linear_two_digits(x: Tensor, packed: Tensor, channel_scales: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``int8_linear`` with activations as two 8-bit digits, ``x ≈ high · scale + low · smaller scale``.
+
+    What ``quantize_per_token`` leaves of x is quantized once more; both products are made in one pass over the weight.
+    Their sum, and then the bias, is rounded to float32 once each. Arguments, result and gradient are ``int8_linear``'s.
+
+    Raises:
+        FewbitsError: If a dtype or shape is another.
+    """
+    result: Tensor = torch.ops.fewbits.int8_linear_two_digits(x, packed, channel_scales, bias)
     return result

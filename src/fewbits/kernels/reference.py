@@ -31,3 +31,12 @@ def int8_matmul(
 def int8_linear(x: Tensor, packed: Tensor, channel_scales: Tensor, bias: Tensor | None) -> Tensor:
     """See ``fewbits.kernels.ops.int8_linear``."""
     return int8_matmul(*quantize_per_token(x), packed, channel_scales, bias)
+
+
+def int8_linear_two_digits(x: Tensor, packed: Tensor, channel_scales: Tensor, bias: Tensor | None) -> Tensor:
+    """See ``fewbits.kernels.ops.int8_linear_two_digits``."""
+    high, high_scales = quantize_per_token(x)
+    low, low_scales = quantize_per_token(x - high * high_scales)
+    out = int8_matmul(high, high_scales, packed, channel_scales, None)
+    out = out + int8_matmul(low, low_scales, packed, channel_scales, None)
+    return out if bias is None else out + bias

@@ -1,54 +1,110 @@
-"""Linear layers that stay in 8 bits: the weights are never decompressed.
+"""Linear layers whose weights stay in few bits: they are never decompressed in memory.
 
-Letters: M tokens, K input features, N output channels.
+Letters: M tokens, K input features, N output channels, G scales per channel.
 """
 
 from __future__ import annotations
 
+from typing import Any, Self
+
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from fewbits.kernels import ops
 from fewbits.kernels.packing import pack_int8, unpack_int8
-from fewbits.tensors.quantized import QuantizedTensor
+from fewbits.models.precision import Precision
+from fewbits.tensors.quantized import CODE_DTYPES, QuantizedTensor, is_packed, values_of
+
+_E4M3FN_MAX = 448.0
+_SMALLEST = torch.finfo(torch.float32).tiny
 
 
-class QuantLinear(nn.Module):
-    """``y = x Wᵀ + b`` with int8 weights (a scale per channel) and int8 activations (a scale per token).
+class QuantLinear(nn.Linear):
+    """``y = x Wᵀ + b`` with a quantized weight.
 
-    Takes float32, bfloat16 or float16 ``[..., K]`` and returns the same dtype, ``[..., N]``. A token with NaN or Inf
-    gives NaN for that token alone. Inference only: no gradient flows.
+    What happens to x depends on the precision: int8 and fp8 quantize it too, with a scale per token; the others
+    compute with x as it is. Takes float32, bfloat16 or float16 ``[..., K]`` and returns the same dtype, ``[..., N]``.
+    A token with NaN or Inf gives NaN for that token alone. The weight takes no gradient; x does, as if it had not been
+    quantized (straight-through).
+
+    In memory ``weight`` is always int8, 8 bits of codes of whatever format, so that no one takes them for numbers.
+    ``state_dict`` holds ``weight`` (codes, ``[N, K]`` or packed in pairs) and ``weight_scale`` ``[N, G]``, whatever the
+    layout in memory is. On the CPU int8 codes lie in panels (``kernels.packing``) once ``pack`` has been called.
     """
 
-    packed: Tensor
-    channel_scales: Tensor
-    bias: Tensor | None
+    weight: Tensor
+    weight_scale: Tensor
+    bias: nn.Parameter | None  # type: ignore[assignment]
 
-    def __init__(self, weight: QuantizedTensor, bias: Tensor | None = None) -> None:
-        super().__init__()
-        self.out_features, self.in_features = weight.codes.shape
-        self._scale_bits = 8 * weight.scales.itemsize
-        self.register_buffer("packed", pack_int8(weight.codes))
-        self.register_buffer("channel_scales", weight.scales.flatten().float())
-        self.register_buffer("bias", None if bias is None else bias.float())
+    def __init__(
+        self, weight: QuantizedTensor, bias: Tensor | None = None, *, activations: str | None = "int8"
+    ) -> None:
+        nn.Module.__init__(self)  # nn.Linear's own would make a float weight
+        self.out_features, self.in_features = weight.shape
+        self.format, self.activations = weight.format, activations
+        self._scale_dtype = weight.scales.dtype
+        self.register_buffer("weight", weight.codes.view(torch.int8))
+        self.register_buffer("weight_scale", weight.scales)
+        self.bias = None if bias is None else nn.Parameter(bias.float(), requires_grad=False)
+        self.pack()
+
+    @classmethod
+    def empty(cls, N: int, K: int, bias: bool, precision: Precision, scale_dtype: torch.dtype) -> Self:
+        """A layer on the meta device, to be filled by ``load``."""
+        quantized = empty_codes((N, K), precision, scale_dtype)
+        activations = None if precision.activations is None else precision.activations.name
+        return cls(quantized, torch.empty(N, device="meta") if bias else None, activations=activations)
+
+    @property
+    def packed(self) -> bool:
+        """Whether the codes lie in panels for the compiled matmul."""
+        return self.weight.ndim == 3
+
+    def pack(self) -> None:
+        """Bring the codes, which may have just been loaded, into the layout that the CPU's kernels read."""
+        self.weight = self.weight.view(torch.int8)
+        if not self.packed and self.format == self.activations == "int8" and self.weight.device.type == "cpu":
+            self.weight = pack_int8(self.weight)
+            self.weight_scale = self.weight_scale.flatten().float()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Quantize each token, multiply in int8, scale."""
-        return ops.int8_linear(x.float(), self.packed, self.channel_scales, self.bias).to(x.dtype)
+        """Quantize each token if the precision says so, multiply, scale."""
+        return quantized_linear(x, self.weight, self.weight_scale, self.bias, self.format, self.activations)
 
     def quantized_weight(self) -> QuantizedTensor:
-        """The weight as codes ``[N, K]`` and scales ``[N, 1]``."""
-        codes = unpack_int8(self.packed, self.out_features, self.in_features)
-        return QuantizedTensor(codes, self.channel_scales[:, None])
+        """The weight as codes and scales ``[N, G]``, as they are stored."""
+        if not self.packed:
+            return QuantizedTensor(self.weight.view(CODE_DTYPES[self.format]), self.weight_scale, self.format)
+        codes = unpack_int8(self.weight, self.out_features, self.in_features)
+        return QuantizedTensor(codes, self.weight_scale[:, None].to(self._scale_dtype), self.format)
 
     def quantized_bits(self) -> tuple[int, int]:
         """Bits of codes and stored scales, and the number of weights they stand for."""
         weights = self.out_features * self.in_features
-        return 8 * weights + self._scale_bits * self.out_features, weights
+        code_bits = 4 if is_packed(self.format) else 8
+        return code_bits * weights + 8 * self._scale_dtype.itemsize * self.weight_scale.numel(), weights
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows in the parentheses."""
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"weight={self.format}, activations={self.activations or 'as they are'}"
+        )
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        stored = self.quantized_weight()
+        destination[f"{prefix}weight"], destination[f"{prefix}weight_scale"] = stored.codes, stored.scales
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if self.packed:  # the codes come unpacked
+            stored = self.quantized_weight()
+            self.weight, self.weight_scale = stored.codes, stored.scales
+        if (codes := state_dict.get(f"{prefix}weight")) is not None:
+            state_dict = {**state_dict, f"{prefix}weight": codes.view(torch.int8)}
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.pack()
 
 
 class QuantHead(QuantLinear):
@@ -60,13 +116,55 @@ class QuantHead(QuantLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Quantize each token, then what is left of it; multiply both in one pass over the weights."""
-        tokens = x.reshape(-1, self.in_features).float()  # [M, K]
-        high, high_scales = ops.quantize_per_token(tokens)
-        low, low_scales = ops.quantize_per_token(tokens - high * high_scales)
-        digits, scales = torch.cat([high, low]), torch.cat([high_scales, low_scales])
-        of_high, of_low = ops.int8_matmul(digits, scales, self.packed, self.channel_scales).chunk(2)  # [M, N] each
-        out = of_high + of_low if self.bias is None else of_high + of_low + self.bias
-        return out.view(*x.shape[:-1], self.out_features).to(x.dtype)
+        packed = self.weight if self.packed else pack_int8(self.weight)
+        scales = self.weight_scale.flatten().float()
+        return ops.int8_linear_two_digits(x.float(), packed, scales, self.bias).to(x.dtype)
+
+
+def empty_codes(shape: tuple[int, ...], precision: Precision, scale_dtype: torch.dtype) -> QuantizedTensor:
+    """A weight ``[..., K]`` on the meta device: what a layer has before its codes come."""
+    *rows, K = shape
+    columns = K // 2 if is_packed(precision.weights.name) else K
+    codes = torch.empty((*rows, columns), dtype=CODE_DTYPES[precision.weights.name], device="meta")
+    scales = torch.empty((*rows, precision.scales_per_channel(K)), dtype=scale_dtype, device="meta")
+    return QuantizedTensor(codes, scales, precision.weights.name)
+
+
+def quantized_linear(
+    x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, format_name: str, activations: str | None
+) -> Tensor:
+    """Multiply activations ``[..., K]`` by a quantized weight; the result has the dtype of x.
+
+    Args:
+        x: Activations, float32, bfloat16 or float16.
+        codes: ``[N, K]`` (``[N, K/2]`` for 4 bits), in 8 bits of any dtype; or int8 panels with scales ``[N]``.
+        scales: ``[N, G]``.
+        bias: float32 ``[N]`` or None.
+        format_name: The format of the codes.
+        activations: The format that x is quantized to, a scale per token; None: it is not.
+    """
+    if codes.ndim == 3:
+        return ops.int8_linear(x.float(), codes, scales, bias).to(x.dtype)
+    codes = codes.view(CODE_DTYPES[format_name])
+    if activations is None:
+        weight = QuantizedTensor(codes, scales, format_name).dequantize().to(x.dtype)
+        return linear(x, weight, None if bias is None else bias.to(x.dtype))
+    digits, token_scales = _quantize_tokens(x.float(), activations)
+    out = linear(digits, values_of(codes, format_name)) * token_scales * scales.flatten().float()
+    return (out if bias is None else out + bias).to(x.dtype)
+
+
+def _quantize_tokens(x: Tensor, format_name: str) -> tuple[Tensor, Tensor]:
+    """Activations ``[..., K]`` as the float32 values of their codes, and a scale per token; gradients pass through."""
+    if format_name == "int8":
+        codes, scales = ops.quantize_per_token(x)
+        digits = codes.float()
+    else:
+        amax = x.detach().abs().amax(-1, keepdim=True)
+        scales = torch.where(amax.isfinite(), (amax / _E4M3FN_MAX).clamp_min(_SMALLEST), torch.nan)
+        digits = (x / scales).to(torch.float8_e4m3fn).float()
+    exact = x / scales
+    return exact + (digits - exact).detach() if x.requires_grad else digits, scales
 
 
 def keep_compute_dtype(embedding: nn.Module, dtype: torch.dtype) -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import torch
 import transformers
-from torch import nn
 
 from fewbits.errors import FewbitsError
-from fewbits.models.precision import TORCH_DTYPES, Precision
+from fewbits.models.naming import Place
+from fewbits.models.precision import TORCH_DTYPES, Precision, fit_groups
+from fewbits.models.quantizable import Weight, output_head, quantizable_weights
 
 
 @dataclass(frozen=True)
@@ -37,39 +39,47 @@ class ManifestRow:
 
 def make_manifest(
     model: transformers.PreTrainedModel,
-    shapes: dict[str, tuple[int, ...]],
+    shapes: Mapping[str, tuple[int, ...]],
+    places: Mapping[str, Place],
     precision: Precision,
     *,
     dtype: torch.dtype,
     keep: Sequence[str] = (),
+    keep_head: bool = True,
 ) -> list[ManifestRow]:
     """Decide the format of every tensor.
 
-    Quantized are the weights of ``nn.Linear``, but for the output head and what ``keep`` names.
+    Quantized are the weights of linear layers (GPT-2's ``Conv1D`` and fused experts among them), but for the output
+    head, routers, task heads, and what ``keep`` names.
 
     Args:
         model: The model; it may be on the meta device.
         shapes: Shape of each stored tensor by name, in file order.
-        precision: What is asked for.
+        places: Where each of them goes in the model.
+        precision: What is asked for, its groups fitted to the model (``fitted``).
         dtype: 16- or 32-bit dtype of what is kept, and of the scales.
         keep: Patterns of module names (``*`` matches anything) that stay in ``dtype``.
+        keep_head: Whether the output head stays too, as the readers of a layout expect.
 
     Raises:
-        FewbitsError: If a pattern matches no linear layer, or nothing at all would be quantized.
+        FewbitsError: If a pattern matches no layer, or nothing at all would be quantized.
     """
-    modules = dict(model.named_modules())
-    _check_patterns(keep, [name for name, module in modules.items() if isinstance(module, nn.Linear)])
-    head = model.get_output_embeddings()
+    weights = quantizable_weights(model)
+    _check_patterns(keep, [weight.module for weight in weights.values()])
+    head = output_head(model) if keep_head else None
     rows = []
     for tensor, shape in shapes.items():
         owner, _, leaf = tensor.rpartition(".")
         module = owner if leaf == "weight" else tensor
-        elements = torch.Size(shape).numel()
-        reason = None if precision.cast else _why_kept(owner, leaf, modules.get(owner), head, keep)
-        if precision.cast or reason:
-            rows.append(ManifestRow(module, tensor, shape, _format_of(dtype), elements * dtype.itemsize, reason))
+        parameter = places[tensor].parameter if tensor in places else None
+        weight = weights.get(parameter or "")
+        reason = None if precision.cast else _why_kept(model, tensor, parameter, weight, head, precision, keep)
+        if precision.cast or reason or weight is None:
+            nbytes = math.prod(shape) * dtype.itemsize
+            rows.append(ManifestRow(module, tensor, shape, _format_of(dtype), nbytes, reason))
         else:
-            nbytes = elements * precision.weights.bits // 8 + shape[0] * dtype.itemsize
+            *channels, K = weight.rows(shape)
+            nbytes = precision.weight_bytes(math.prod(channels), K, dtype.itemsize)
             rows.append(ManifestRow(module, tensor, shape, precision.weights.name, nbytes, None))
     if not precision.cast and all(row.reason for row in rows):
         raise FewbitsError(
@@ -79,22 +89,41 @@ def make_manifest(
     return rows
 
 
-def _check_patterns(keep: Iterable[str], linears: Sequence[str]) -> None:
+def fitted(model: transformers.PreTrainedModel, precision: Precision) -> Precision:
+    """The precision with the group size that this model's layers allow."""
+    return fit_groups(precision, (weight.K for weight in quantizable_weights(model).values() if not weight.reason))
+
+
+def _check_patterns(keep: Iterable[str], layers: Sequence[str]) -> None:
     for pattern in keep:
-        if not any(fnmatchcase(name, pattern) for name in linears):
-            some = ", ".join(linears[:3])
+        if not any(fnmatchcase(name, pattern) for name in layers):
+            some = ", ".join(layers[:3])
             raise FewbitsError(f"keep: the pattern {pattern!r} matches no linear layer; names look like {some}")
 
 
-def _why_kept(owner: str, leaf: str, module: nn.Module | None, head: object, keep: Sequence[str]) -> str | None:
-    if module is None:
+def _why_kept(
+    model: transformers.PreTrainedModel,
+    tensor: str,
+    parameter: str | None,
+    weight: Weight | None,
+    head: str | None,
+    precision: Precision,
+    keep: Sequence[str],
+) -> str | None:
+    if parameter is None:
         return "not part of the model's structure"
-    if leaf != "weight" or not isinstance(module, nn.Linear):
-        return "bias" if leaf == "bias" else f"{type(module).__name__}, not a linear layer"
-    if module is head:
+    if weight is None:
+        owner, _, leaf = parameter.rpartition(".")
+        return "bias" if leaf == "bias" else f"{type(model.get_submodule(owner)).__name__}, not a linear layer"
+    if parameter == head:
         return "output head: readers of this layout expect 16 bits"
-    pattern = next((pattern for pattern in keep if fnmatchcase(owner, pattern)), None)
-    return f"kept by {pattern!r}" if pattern else None
+    names = (weight.module, tensor.removesuffix(".weight"))
+    pattern = next((pattern for pattern in keep if any(fnmatchcase(name, pattern) for name in names)), None)
+    if pattern:
+        return f"kept by {pattern!r}"
+    if precision.group_size is not None and weight.K % precision.group_size:
+        return f"{weight.K} input features are no multiple of the group size {precision.group_size}"
+    return weight.reason
 
 
 def _format_of(dtype: torch.dtype) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ class Precision:
         name: As users write it, ``--to int8``.
         weights: Format of the weights of quantized layers.
         activations: Format that activations are quantized to before a quantized layer; None: they stay as they are.
+        group_size: Input features that share a scale; None: all of an output channel.
         cast: Whether every tensor takes the format by a cast, with no scales.
         summary: What it is, for a listing.
     """
@@ -27,25 +29,58 @@ class Precision:
     name: str
     weights: Format
     activations: Format | None
+    group_size: int | None
     cast: bool
     summary: str
 
+    def weight_bytes(self, N: int, K: int, scale_bytes: int) -> int:
+        """Bytes of the codes and scales of a weight ``[N, K]``."""
+        return N * (K * self.weights.bits // 8 + self.scales_per_channel(K) * scale_bytes)
 
-def _precision(name: str, weights: str, activations: str | None, cast: bool, summary: str) -> Precision:
-    return Precision(name, Format.named(weights), Format.named(activations) if activations else None, cast, summary)
+    def scales_per_channel(self, K: int) -> int:
+        """How many scales an output channel of K input features has."""
+        return 1 if self.group_size is None else K // self.group_size
+
+
+def _cast(name: str, summary: str) -> Precision:
+    return Precision(name, Format.named(name), None, None, True, summary)
+
+
+def _quantized(name: str, weights: str, activations: str | None, group_size: int | None, summary: str) -> Precision:
+    activation_format = Format.named(activations) if activations else None
+    return Precision(name, Format.named(weights), activation_format, group_size, False, summary)
 
 
 PRECISIONS = {
     precision.name: precision
     for precision in (
-        _precision("fp32", "fp32", None, True, "every tensor in 32 bits"),
-        _precision("bf16", "bf16", None, True, "every tensor in bfloat16"),
-        _precision("fp16", "fp16", None, True, "every tensor in half precision"),
-        _precision("int8", "int8", "int8", False, "8-bit weights and activations, a scale per channel and token"),
+        _cast("fp32", "every tensor in 32 bits"),
+        _cast("bf16", "every tensor in bfloat16"),
+        _cast("fp16", "every tensor in half precision"),
+        _quantized("int8", "int8", "int8", None, "8-bit weights and activations, a scale per channel and token"),
+        _quantized("int8-weight", "int8", None, 128, "8-bit weights in groups, activations as they are"),
+        _quantized("int4", "int4", None, 128, "4-bit weights in groups, activations as they are"),
+        _quantized("nf4", "nf4", None, 64, "4-bit NormalFloat weights in groups, activations as they are"),
+        _quantized("fp8", "e4m3fn", "e4m3fn", None, "FP8 weights and activations, a scale per channel and token"),
     )
 }
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+_SMALLER_GROUPS = (64, 32)
+
+
+def fit_groups(precision: Precision, widths: Iterable[int]) -> Precision:
+    """The same precision with the largest group size, at most its own, that divides every one of these widths.
+
+    Widths that 32 does not divide are left out: such layers cannot be quantized in groups at all.
+    """
+    if precision.group_size is None:
+        return precision
+    widths = [width for width in widths if width % _SMALLER_GROUPS[-1] == 0]
+    sizes = [precision.group_size, *(size for size in _SMALLER_GROUPS if size < precision.group_size)]
+    fits = next((size for size in sizes if all(width % size == 0 for width in widths)), sizes[-1])
+    return replace(precision, group_size=fits)
 
 
 def cast_weight(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:

@@ -8,28 +8,30 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
 
 import torch
 import transformers
 from torch import Tensor
 
 from fewbits.errors import FewbitsError
-from fewbits.models.fill import check_tensors
-from fewbits.models.layouts import compressed_tensors
-from fewbits.models.load import Progress, empty_model, nominal_dtype, stored_precision
-from fewbits.models.manifest import ManifestRow, make_manifest
+from fewbits.models.filling import Progress
+from fewbits.models.load import auto_class_of, empty_model, nominal_dtype
+from fewbits.models.manifest import ManifestRow, fitted, make_manifest
+from fewbits.models.naming import check_tensors
 from fewbits.models.precision import TORCH_DTYPES, Precision, cast_weight, precision_named
+from fewbits.models.quantizable import Weight, quantizable_weights
+from fewbits.models.quantized_source import FOLDER_LAYOUTS, QuantizedSource, as_weights
 from fewbits.models.safetensors_writer import SafetensorsWriter
 from fewbits.models.source import Source, open_source
 from fewbits.models.staging import MARK, staged_folder
 from fewbits.tensors.cast_report import CastReport, cast_and_report
-from fewbits.tensors.quantized import quantize_per_channel
+from fewbits.tensors.quantized import QuantizedTensor, quantize_weight
 
-LAYOUTS = ("compressed-tensors",)
 _NAMED = 5  # more tensors that an error names, after the first
 
 
@@ -43,6 +45,7 @@ class Conversion:
         nbytes: Bytes of all tensors.
         manifest: Each tensor's format, bytes, or why it is kept.
         casts: Of a cast, what it did to each tensor; empty if layers were quantized.
+        rounding: What became of weights that were quantized before; None if they were not.
     """
 
     path: Path
@@ -50,6 +53,7 @@ class Conversion:
     nbytes: int
     manifest: tuple[ManifestRow, ...]
     casts: tuple[CastReport, ...] = ()
+    rounding: str | None = None
 
 
 def convert(
@@ -86,96 +90,149 @@ def convert(
         OSError: If the output cannot be written. Nothing is left behind then.
     """
     precision = precision_named(to)
-    if layout not in LAYOUTS:
-        raise FewbitsError(f"layout {layout!r} is unknown; known: {', '.join(LAYOUTS)}")
-    if keep and precision.cast:
-        raise FewbitsError(f"keep: a cast to {to} quantizes nothing that could be kept; leave --keep out")
-    if overflow is not None and not precision.cast:
-        raise FewbitsError(f"overflow={overflow!r} is of casts, and {to} has scales: leave it out")
-    precision.weights.overflow_rule(overflow)
-    opened = open_source(source, revision=revision)
-    stored = stored_precision(opened)
-    if stored is not None:
-        raise FewbitsError(f"{opened.path} is {stored.name} already; convert the model that it was made from")
+    if layout not in FOLDER_LAYOUTS:
+        raise FewbitsError(f"layout {layout!r} is unknown; known: {', '.join(FOLDER_LAYOUTS)}")
+    _check_options(precision, layout, keep, overflow)
+    opened = as_weights(open_source(source, revision=revision))
     dtype = TORCH_DTYPES[precision.name] if precision.cast else nominal_dtype(opened)
-    model = empty_model(opened.config, dtype)
+    model = empty_model(opened.config, dtype, auto_class_of(opened.config))
     shapes = {name: tensor.shape for name, tensor in opened.tensors.items()}
-    check_tensors(model, shapes, opened.path)
-    manifest = make_manifest(model, shapes, precision, dtype=dtype, keep=keep)
+    places = check_tensors(model, shapes, opened.path)
+    precision = fitted(model, precision)
+    rounding = _rounding(opened, precision, layout)
+    manifest = make_manifest(model, shapes, places, precision, dtype=dtype, keep=keep)
     tokenizer = opened.tokenizer()
     out = Path(out)
     nbytes = sum(row.nbytes for row in manifest)
+    weights = quantizable_weights(model)
+    by_tensor = {name: weights[place.parameter] for name, place in places.items() if place.parameter in weights}
+    job = _Job(opened, FOLDER_LAYOUTS[layout], precision, dtype, manifest, by_tensor, overflow)
     with staged_folder(out, overwrite=overwrite, nbytes=nbytes) as folder:
         if on_manifest is not None:
             on_manifest(manifest)
-        _write_config(opened, model, precision, dtype, manifest, folder)
-        casts = _write_tensors(opened, manifest, precision, dtype, overflow, folder / "model.safetensors", progress)
-        tokenizer.save_pretrained(folder)
+        job.write_config(model, folder)
+        casts = job.write_tensors(folder / "model.safetensors", progress)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
         mark = {"fewbits": version("fewbits"), "source": opened.path.name, "to": to, "layout": layout}
         lists = {"manifest": [asdict(row) for row in manifest], "casts": [asdict(cast) for cast in casts]}
         (folder / MARK).write_text(json.dumps({**mark, "nbytes": nbytes, **lists}, indent=1) + "\n")
-    return Conversion(out, to, nbytes, tuple(manifest), tuple(casts))
+    return Conversion(out, to, nbytes, tuple(manifest), tuple(casts), rounding)
 
 
-def _write_config(
-    source: Source,
-    model: transformers.PreTrainedModel,
-    precision: Precision,
-    dtype: torch.dtype,
-    manifest: Sequence[ManifestRow],
-    folder: Path,
-) -> None:
-    config = copy.deepcopy(source.config)
-    config.dtype = dtype
-    config.architectures = config.architectures or [type(model).__name__]
-    if not precision.cast:
-        quantized = {row.module for row in manifest if row.reason is None}
-        linears = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-        ignore = [name for name in linears if name not in quantized]
-        config.quantization_config = compressed_tensors.quantization_config(precision, ignore)
-    config.save_pretrained(folder)
-    generation_config = source.generation_config()
-    if generation_config is not None:
-        generation_config.save_pretrained(folder)
+def _check_options(precision: Precision, layout: str, keep: Sequence[str], overflow: str | None) -> None:
+    can = FOLDER_LAYOUTS[layout].WRITES
+    if not precision.cast and precision.name not in can:
+        others = [name for name, module in FOLDER_LAYOUTS.items() if precision.name in module.WRITES]
+        remedy = f"--layout {others[0]} can" if others else "it can be loaded so, from the original, but not written"
+        raise FewbitsError(f"{precision.name} cannot be written in the layout {layout} ({', '.join(can)}); {remedy}")
+    if keep and precision.cast:
+        raise FewbitsError(f"keep: a cast to {precision.name} quantizes nothing that could be kept; leave --keep out")
+    if overflow is not None and not precision.cast:
+        raise FewbitsError(f"overflow={overflow!r} is of casts, and {precision.name} has scales: leave it out")
+    precision.weights.overflow_rule(overflow)
 
 
-def _write_tensors(
-    source: Source,
-    manifest: Sequence[ManifestRow],
-    precision: Precision,
-    dtype: torch.dtype,
-    overflow: str | None,
-    path: Path,
-    progress: Progress | None,
-) -> list[CastReport]:
-    declared: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-    for row in manifest:
-        quantized = not precision.cast and row.reason is None
-        as_kept = {row.tensor: (dtype, row.shape)}
-        declared |= compressed_tensors.stored_tensors(row.tensor, row.shape, dtype) if quantized else as_kept
-    casts: list[CastReport] = []
-    refused: dict[str, float] = {}
-    done, total = 0, sum(row.nbytes for row in manifest)
-    with SafetensorsWriter(path, ((name, *what) for name, what in declared.items())) as writer:
-        for row in manifest:
-            tensor = source.read(row.tensor)
-            if precision.cast:
-                values, report = cast_and_report(row.tensor, tensor, precision.name, overflow)
-                casts.append(report)
-                if report.overflowed and overflow is None:
-                    refused[row.tensor] = _largest_finite(tensor)
-                if not refused:  # else the rest is only looked at, to name all that overflows
-                    writer.write(row.tensor, values)
-            elif row.reason is not None:
-                writer.write(row.tensor, cast_weight(row.tensor, tensor, dtype))
+def _rounding(source: Source, precision: Precision, layout: str) -> str | None:
+    """What happens to weights that come quantized already; None if they do not."""
+    if not isinstance(source, QuantizedSource):
+        return None
+    stored = source.precision
+    if source.layout == layout and stored.name == precision.name:
+        raise FewbitsError(f"{source.path} is {stored.name} already; convert the model that it was made from")
+    if (stored.weights, stored.group_size) == (precision.weights, precision.group_size):
+        return f"codes and scales of {stored.name} are taken over as they are"
+    return f"weights were rounded to {stored.name} before and are rounded again, to {precision.name}"
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is written, and how."""
+
+    source: Source
+    layout: ModuleType
+    precision: Precision
+    dtype: torch.dtype
+    manifest: Sequence[ManifestRow]
+    weights: Mapping[str, Weight]
+    overflow: str | None
+
+    def write_config(self, model: transformers.PreTrainedModel, folder: Path) -> None:
+        """Write what transformers reads before it reads weights."""
+        config = copy.deepcopy(self.source.config)
+        config.dtype = self.dtype
+        config.architectures = config.architectures or [type(model).__name__]
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        if not self.precision.cast:
+            quantized = {self.weights[row.tensor].module for row in self.manifest if row.reason is None}
+            linears = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+            ignore = [name for name in linears if name not in quantized]
+            config.quantization_config = self.layout.quantization_config(self.precision, ignore)
+        config.save_pretrained(folder)
+        generation_config = self.source.generation_config()
+        if generation_config is not None:
+            generation_config.save_pretrained(folder)
+
+    def write_tensors(self, path: Path, progress: Progress | None) -> list[CastReport]:
+        """Write tensor by tensor; return what a cast did to each."""
+        casts: list[CastReport] = []
+        refused: dict[str, float] = {}
+        done, total = 0, sum(row.nbytes for row in self.manifest)
+        with SafetensorsWriter(path, ((name, *what) for name, what in self._declared().items())) as writer:
+            for row in self.manifest:
+                if self.precision.cast:
+                    tensor = self.source.read(row.tensor)
+                    values, report = cast_and_report(row.tensor, tensor, self.precision.name, self.overflow)
+                    casts.append(report)
+                    if report.overflowed and self.overflow is None:
+                        refused[row.tensor] = _largest_finite(tensor)
+                    if not refused:  # else the rest is only looked at, to name all that overflows
+                        writer.write(row.tensor, values)
+                elif row.reason is not None:
+                    writer.write(row.tensor, cast_weight(row.tensor, self.source.read(row.tensor), self.dtype))
+                else:
+                    for name, stored in self.layout.store(row.tensor, self._quantized(row)).items():
+                        writer.write(name, stored)
+                done += row.nbytes
+                if progress is not None:
+                    progress(done, total)
+            if refused:
+                raise FewbitsError(_why_refused(refused, self.precision))
+        return casts
+
+    def _declared(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        declared: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        for row in self.manifest:
+            if self.precision.cast or row.reason is not None:
+                declared[row.tensor] = (self.dtype, row.shape)
             else:
-                _write_quantized(writer, row.tensor, tensor, dtype)
-            done += row.nbytes
-            if progress is not None:
-                progress(done, total)
-        if refused:
-            raise FewbitsError(_why_refused(refused, precision))
-    return casts
+                shape = self._rows(row)
+                declared |= self.layout.entries(row.tensor, shape, self.precision, self.dtype)
+        return declared
+
+    def _rows(self, row: ManifestRow) -> tuple[int, ...]:
+        """The shape of a quantized weight, input features last."""
+        return row.shape if self._is_quantized(row.tensor) else self.weights[row.tensor].rows(row.shape)
+
+    def _is_quantized(self, name: str) -> bool:
+        return isinstance(self.source, QuantizedSource) and name in self.source.weights
+
+    def _quantized(self, row: ManifestRow) -> QuantizedTensor:
+        weights, group = self.precision.weights, self.precision.group_size
+        if isinstance(self.source, QuantizedSource) and row.tensor in self.source.weights:
+            stored = self.source.precision
+            if (stored.weights, stored.group_size) == (weights, group):
+                return self.source.read_quantized(row.tensor)
+            rows = self.source.read(row.tensor)
+        else:
+            rows = self.weights[row.tensor].as_rows(self.source.read(row.tensor))
+        *lead, K = rows.shape
+        try:
+            made = quantize_weight(rows.reshape(-1, K), weights.name, group_size=group, scale_dtype=self.dtype)
+        except FewbitsError as error:
+            raise FewbitsError(f"{row.tensor}: {error}") from None
+        return made.view(*lead)
 
 
 def _largest_finite(tensor: Tensor) -> float:
@@ -193,12 +250,3 @@ def _why_refused(beyond: dict[str, float], precision: Precision) -> str:
         return message
     names = ", ".join(name for name, _ in others[:_NAMED]) + (", …" if len(others) > _NAMED else "")
     return f"{message}. As many as {len(beyond)} tensors overflow: also {names}"
-
-
-def _write_quantized(writer: SafetensorsWriter, name: str, weight: Tensor, dtype: torch.dtype) -> None:
-    try:
-        quantized = quantize_per_channel(weight, scale_dtype=dtype)
-    except FewbitsError as error:
-        raise FewbitsError(f"{name}: {error}") from None
-    writer.write(name, quantized.codes)
-    writer.write(compressed_tensors.scale_name(name), quantized.scales)

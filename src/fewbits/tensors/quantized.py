@@ -1,32 +1,54 @@
-"""A weight in few bits: int8 codes with one scale per output channel.
+"""A weight in few bits: codes, and scales that each serve an output channel or a group of its input features.
 
-Letters: N output channels, K input features.
+Letters: N output channels, K input features, G scales per channel (1, or K / group size).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fewbits.errors import FewbitsError
+from fewbits.formats import Format
+from fewbits.tensors.packing import pack_codes, unpack_codes
 
 LARGEST_CODE = 127
-"""Codes are symmetric: −128 is left out, so that a weight and its negative have the same magnitude of code."""
+"""int8 codes are symmetric: −128 is left out, so that a weight and its negative have the same magnitude of code."""
+
+_DIVISOR = {"int8": float(LARGEST_CODE), "int4": 7.5, "e4m3fn": 448.0, "nf4": 1.0}
+"""What the largest magnitude of a channel or group is divided by, which gives the scale.
+
+int4 has the codes −8…7: with 7.5 the largest weight, of either sign, is half a step from the nearest code, and no
+other weight is farther; with 7 every step would be larger."""
+
+CODE_DTYPES = {"int8": torch.int8, "int4": torch.uint8, "e4m3fn": torch.float8_e4m3fn, "nf4": torch.uint8}
+"""How the codes of a format lie in memory. Formats of 4 bits have two codes in a byte, see ``tensors.packing``."""
+
+_ROWS_AT_A_TIME = 2**22  # elements: a large weight is quantized in pieces, so that scratch memory stays small
 
 
 @dataclass(frozen=True)
 class QuantizedTensor:
-    """``weight ≈ codes · scales``.
+    """``weight ≈ value(codes) · scales``.
 
     Attributes:
-        codes: int8 ``[N, K]``, −127…127.
-        scales: float ``[N, 1]``, positive.
+        codes: ``[N, K]``: int8 −127…127, or float8_e4m3fn; for 4 bits uint8 ``[N, K/2]``.
+        scales: float ``[N, G]``, positive. A stack of weights has more leading dimensions in both.
+        format: ``int8``, ``int4``, ``e4m3fn`` or ``nf4``.
     """
 
     codes: Tensor
     scales: Tensor
+    format: str = "int8"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``(N, K)``, or ``(E, N, K)`` for a stack of E weights."""
+        *rows, bytes_or_codes = self.codes.shape
+        return *rows, bytes_or_codes * (2 if is_packed(self.format) else 1)
 
     @property
     def nbytes(self) -> int:
@@ -35,42 +57,127 @@ class QuantizedTensor:
 
     def dequantize(self) -> Tensor:
         """Return the weight that the codes stand for, float32 ``[N, K]``."""
-        return self.codes.float() * self.scales.float()
+        *rows, K = self.shape
+        G = self.scales.shape[-1]
+        grouped = values_of(self.codes, self.format).view(*rows, G, K // G)
+        return (grouped * self.scales.float()[..., None]).view(*rows, K)
+
+    def view(self, *rows: int) -> QuantizedTensor:
+        """The same codes and scales with other leading dimensions, ``[*rows, K]``."""
+        codes, scales = (tensor.reshape(*rows, tensor.shape[-1]) for tensor in (self.codes, self.scales))
+        return QuantizedTensor(codes, scales, self.format)
+
+
+def is_packed(format_name: str) -> bool:
+    """Whether two codes of a format lie in a byte."""
+    return Format.named(format_name).bits <= 4
+
+
+def values_of(codes: Tensor, format_name: str) -> Tensor:
+    """What codes stand for before scaling, float32; of packed codes, two for each byte."""
+    if not is_packed(format_name):
+        return codes.float()
+    unpacked = unpack_codes(codes)
+    if format_name == "int4":
+        return ((unpacked ^ 8).to(torch.int8) - 8).float()  # two's complement of 4 bits
+    table = _codebook(format_name, codes.device)
+    return table[unpacked.int()]
+
+
+def _codebook(format_name: str, device: torch.device) -> Tensor:
+    """The values of a codebook format, float32, ascending."""
+    values = Format.named(format_name).codebook
+    assert values is not None, format_name
+    return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 def quantize_per_channel(weight: Tensor, *, scale_dtype: torch.dtype = torch.float32) -> QuantizedTensor:
-    """Quantize a weight to int8, one scale per output channel (dimension 0), round to nearest even.
+    """Quantize a weight to int8, one scale per output channel: ``quantize_weight`` with its defaults."""
+    return quantize_weight(weight, "int8", scale_dtype=scale_dtype)
 
-    ``scale = max|w| / 127`` rounded *up* to ``scale_dtype``, and the codes are made with that rounded scale: no weight
-    is clipped, and what a reader dequantizes with is what the codes were made for. A channel of zeros gets the
-    smallest normal scale and codes 0.
+
+def quantize_weight(
+    weight: Tensor, format_name: str, *, group_size: int | None = None, scale_dtype: torch.dtype = torch.float32
+) -> QuantizedTensor:
+    """Quantize a weight, each value to the nearest code (halves to even).
+
+    ``scale = max|w| / divisor`` over an output channel or a group, rounded *up* to ``scale_dtype``, and the codes are
+    made with that rounded scale: no weight is clipped by more than half a step, and what a reader dequantizes with is
+    what the codes were made for. The divisor is 127 for int8, 7.5 for int4, 448 for e4m3fn and 1 for nf4. A channel of
+    zeros gets the smallest normal scale and codes 0.
 
     Args:
         weight: float ``[N, K]``.
+        format_name: ``int8``, ``int4``, ``e4m3fn`` or ``nf4``.
+        group_size: Input features that share a scale; it divides K. None: all of a channel.
         scale_dtype: float32, bfloat16 or float16.
 
     Raises:
-        FewbitsError: If the weight holds NaN or Inf, a scale is beyond ``scale_dtype``, or it is not a matrix.
+        FewbitsError: If the weight holds NaN or Inf, a scale is beyond ``scale_dtype``, it is not a matrix, or K is
+            not a multiple of the group size.
     """
+    _check(weight, format_name, group_size)
+    N, K = weight.shape
+    G = 1 if group_size is None else K // group_size
+    columns = K // 2 if is_packed(format_name) else K
+    codes = torch.empty((N, columns), dtype=CODE_DTYPES[format_name], device=weight.device)
+    scales = torch.empty((N, G), dtype=scale_dtype, device=weight.device)
+    for start, rows in _pieces(weight):
+        stop = start + len(rows)
+        scales[start:stop] = _scales(rows.view(len(rows), G, -1), format_name, scale_dtype, start)
+        steps = scales[start:stop].float().repeat_interleave(K // G, 1) if G > 1 else scales[start:stop].float()
+        codes[start:stop] = _encode(rows / steps, format_name)
+    return QuantizedTensor(codes, scales, format_name)
+
+
+def _check(weight: Tensor, format_name: str, group_size: int | None) -> None:
     if weight.ndim != 2 or weight.shape[1] == 0 or not weight.is_floating_point():
         raise FewbitsError(
             f"weight: float [N, K] with K > 0 is needed, got {weight.dtype} {list(weight.shape)}; reshape or "
             "dequantize it"
         )
-    weight = weight.float()
-    amax = weight.abs().amax(1, keepdim=True)
-    if not amax.isfinite().all():
-        channel = int((~amax.isfinite()).nonzero()[0, 0])
-        raise FewbitsError(f"weight: NaN or Inf in output channel {channel}; repair the checkpoint or keep the layer")
-    scales = _round_up(amax / LARGEST_CODE, scale_dtype)
-    if not scales.isfinite().all():
-        channel = int((~scales.isfinite()).nonzero()[0, 0])
+    step = group_size or (2 if is_packed(format_name) else 1)
+    if weight.shape[1] % step:
         raise FewbitsError(
-            f"weight: output channel {channel} needs the scale {amax[channel, 0] / LARGEST_CODE:.6g}, and the largest "
-            f"{scale_dtype} is {torch.finfo(scale_dtype).max:.6g}; keep the layer or cast the model to bf16 first"
+            f"weight: K = {weight.shape[1]} input features are no multiple of {step}, the group size; keep the layer"
         )
-    codes = torch.round(weight / scales.float()).clamp_(-LARGEST_CODE, LARGEST_CODE).to(torch.int8)
-    return QuantizedTensor(codes, scales)
+
+
+def _pieces(weight: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Rows in float32, a few at a time, and the number of the first."""
+    step = max(1, _ROWS_AT_A_TIME // weight.shape[1])
+    for start in range(0, weight.shape[0], step):
+        yield start, weight[start : start + step].float()
+
+
+def _scales(groups: Tensor, format_name: str, scale_dtype: torch.dtype, first_row: int) -> Tensor:
+    """The scales ``[n, G]`` of rows ``[n, G, group]``."""
+    amax = groups.abs().amax(2)
+    if not amax.isfinite().all():
+        channel = first_row + int((~amax.isfinite()).nonzero()[0, 0])
+        raise FewbitsError(f"weight: NaN or Inf in output channel {channel}; repair the checkpoint or keep the layer")
+    scales = _round_up(amax / _DIVISOR[format_name], scale_dtype)
+    if not scales.isfinite().all():
+        row, group = (int(index) for index in (~scales.isfinite()).nonzero()[0])
+        raise FewbitsError(
+            f"weight: output channel {first_row + row} needs the scale {amax[row, group] / _DIVISOR[format_name]:.6g}, "
+            f"and the largest {scale_dtype} is {torch.finfo(scale_dtype).max:.6g}; keep the layer or cast the model to "
+            "bf16 first"
+        )
+    return scales
+
+
+def _encode(scaled: Tensor, format_name: str) -> Tensor:
+    """Codes of weights that are divided by their scales already."""
+    if format_name == "int8":
+        return torch.round(scaled).clamp_(-LARGEST_CODE, LARGEST_CODE).to(torch.int8)
+    if format_name == "e4m3fn":
+        return scaled.to(torch.float8_e4m3fn)  # |scaled| ≤ 448: nothing overflows
+    if format_name == "int4":
+        return pack_codes(torch.round(scaled).clamp_(-8, 7).to(torch.int8).view(torch.uint8) & 15)
+    values = _codebook(format_name, scaled.device)
+    middles = (values[1:] + values[:-1]) / 2
+    return pack_codes(torch.bucketize(scaled, middles).to(torch.uint8))
 
 
 def _round_up(positive: Tensor, dtype: torch.dtype) -> Tensor:

@@ -13,16 +13,21 @@ Source: the compressed-tensors package, ``compressed_tensors/quantization/quant_
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fewbits.errors import FewbitsError
 from fewbits.models.precision import PRECISIONS, Precision
-from fewbits.models.source import StoredTensor
+from fewbits.models.source import Source, StoredTensor
+from fewbits.tensors.quantized import QuantizedTensor
 
-QUANT_METHOD = "compressed-tensors"
+NAME = "compressed-tensors"
+WRITES = ("int8",)
+"""Precisions that this layout can say."""
+
 _WRITTEN_AS = "0.15.0"  # the first version of the package that transformers 5 accepts
 
 # Keys that readers may leave out, with what leaving them out means.
@@ -42,7 +47,7 @@ def quantization_config(precision: Precision, ignore: Sequence[str]) -> dict[str
     """Return what ``config.json`` holds under ``quantization_config``.
 
     Args:
-        precision: The precision of the quantized layers; int8 so far.
+        precision: The precision of the quantized layers.
         ignore: Names of the linear layers that are not quantized.
     """
     assert precision.name == "int8", precision
@@ -53,7 +58,7 @@ def quantization_config(precision: Precision, ignore: Sequence[str]) -> dict[str
         "output_activations": None,
     }
     return {
-        "quant_method": QUANT_METHOD,
+        "quant_method": NAME,
         "format": "int-quantized",
         "quantization_status": "compressed",
         "version": _WRITTEN_AS,
@@ -64,58 +69,74 @@ def quantization_config(precision: Precision, ignore: Sequence[str]) -> dict[str
     }
 
 
-def stored_tensors(
-    tensor: str, shape: tuple[int, ...], dtype: torch.dtype
+def entries(
+    name: str, shape: tuple[int, ...], precision: Precision, dtype: torch.dtype
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Names, dtypes and shapes that the weight ``tensor`` ``[N, K]`` is stored as, codes first."""
-    return {tensor: (torch.int8, shape), scale_name(tensor): (dtype, (shape[0], 1))}
+    """Names, dtypes and shapes of what a weight ``[..., K]`` is stored as, codes first.
 
-
-def scale_name(tensor: str) -> str:
-    """The name of a weight's scales."""
-    return f"{tensor}_scale"
-
-
-def is_scale(tensor: str, names: Container[str]) -> bool:
-    """Whether ``tensor`` holds the scales of another one among ``names``."""
-    return tensor.endswith("_scale") and tensor.removesuffix("_scale") in names
-
-
-def check_scales(tensors: Mapping[str, StoredTensor], path: object) -> None:
-    """Check that the codes of a checkpoint have scales, one per channel: without them they stand for nothing.
-
-    Raises:
-        FewbitsError: If scales are missing or have another shape.
+    Args:
+        name: The weight's full name.
+        shape: Its shape, input features last.
+        precision: Its precision.
+        dtype: The dtype of its scales.
     """
-    for name, codes in tensors.items():
-        if codes.stored_as != "I8" or not name.endswith(".weight"):
-            continue
-        scales = tensors.get(scale_name(name))
-        if scales is None:
-            raise FewbitsError(f"{path}: {name} is int8, but {scale_name(name)} is missing; download it again")
-        if scales.shape != (codes.shape[0], 1):
-            raise FewbitsError(
-                f"{path}: {scale_name(name)} has shape {list(scales.shape)}, the codes want {[codes.shape[0], 1]}; "
-                "download it again"
-            )
+    return {name: (torch.int8, shape), _scale_name(name): (dtype, (*shape[:-1], 1))}
 
 
-def stored_precision(config: dict[str, Any], path: object) -> Precision:
+def store(name: str, weight: QuantizedTensor) -> dict[str, Tensor]:
+    """The tensors that a weight is stored as: what ``entries`` declares."""
+    return {name: weight.codes, _scale_name(name): weight.scales}
+
+
+def precision_of(config: dict[str, Any], path: object) -> Precision:
     """Return the precision that a checkpoint's ``quantization_config`` describes.
 
     Raises:
-        FewbitsError: If it is another layout, or a scheme that fewbits does not read yet.
+        FewbitsError: If it is a scheme that fewbits does not read yet.
     """
-    method = config.get("quant_method")
-    if method != QUANT_METHOD:
-        raise FewbitsError(f"{path}: quant_method {method!r} cannot be read; {QUANT_METHOD!r} can")
     group = _only_group(config)
     if _says(group.get("weights"), _WEIGHTS) and _says(group.get("input_activations"), _ACTIVATIONS):
         return PRECISIONS["int8"]
     raise FewbitsError(
-        f"{path}: this {QUANT_METHOD} scheme ({config.get('format')!r}) cannot be read; int-quantized, 8-bit symmetric "
+        f"{path}: this {NAME} scheme ({config.get('format')!r}) cannot be read; int-quantized, 8-bit symmetric "
         "weights per channel with dynamic activations per token, can"
     )
+
+
+def weights(tensors: Mapping[str, StoredTensor], precision: Precision, path: object) -> dict[str, tuple[int, ...]]:
+    """The quantized weights of a checkpoint and their shapes, input features last.
+
+    Raises:
+        FewbitsError: If scales are missing or have another shape: without them codes stand for nothing.
+    """
+    found = {}
+    for name, codes in tensors.items():
+        scales = tensors.get(_scale_name(name))
+        if codes.stored_as != "I8" and scales is None:
+            continue
+        if scales is None:
+            raise FewbitsError(f"{path}: {name} is int8, but {_scale_name(name)} is missing; download it again")
+        if scales.shape != (*codes.shape[:-1], 1):
+            raise FewbitsError(
+                f"{path}: {scales.name} has shape {list(scales.shape)}, the codes want {[*codes.shape[:-1], 1]}; "
+                "download it again"
+            )
+        found[name] = codes.shape
+    return found
+
+
+def companions(name: str) -> list[str]:
+    """The names of what is stored for a weight, as far as they may be there."""
+    return [name, _scale_name(name)]
+
+
+def read(source: Source, name: str, precision: Precision) -> QuantizedTensor:
+    """One weight as codes and scales."""
+    return QuantizedTensor(source.read(name), source.read(_scale_name(name)), precision.weights.name)
+
+
+def _scale_name(name: str) -> str:
+    return f"{name}_scale"
 
 
 def _only_group(config: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,128 @@
+"""Where the tensors of a checkpoint go in a model: transformers' own renamings and conversions, looked up, not run.
+
+A checkpoint may name a tensor in another way than the model does (with or without a prefix, by an older name), and
+may hold in several tensors what the model keeps in one (each expert by itself).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import transformers
+from torch import Tensor
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from fewbits.errors import FewbitsError
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one stored tensor goes.
+
+    Attributes:
+        parameter: The parameter or buffer of the model, the first one if a conversion makes several of it.
+        converter: The conversion that it goes through with others, or None: it is taken as it is.
+        pattern: Which of the conversion's inputs it is.
+    """
+
+    parameter: str
+    converter: WeightConverter | None
+    pattern: str | None
+
+    def parameters(self) -> list[str]:
+        """All parameters that the stored tensor has a part in."""
+        if self.converter is None:
+            return [self.parameter]
+        first, *others = self.converter.target_patterns
+        return [self.parameter, *(self.parameter.replace(first, other) for other in others)]
+
+
+def places(model: transformers.PreTrainedModel, names: Iterable[str]) -> dict[str, Place]:
+    """The place of every stored tensor that has one in the model; the others are left out."""
+    wanted = model.state_dict()
+    transforms = get_model_conversion_mapping(model)
+    renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
+    converters = [each for each in transforms if isinstance(each, WeightConverter)]
+    by_pattern = {pattern: each for each in converters for pattern in each.source_patterns}
+    found = {}
+    for name in names:
+        parameter, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, wanted)
+        if parameter not in wanted and name in wanted:
+            parameter, pattern = name, None
+        if parameter in wanted:
+            found[name] = Place(parameter, by_pattern[pattern] if pattern else None, pattern)
+    return found
+
+
+def check_tensors(
+    model: transformers.PreTrainedModel, shapes: Mapping[str, tuple[int, ...]], path: object, *, strict: bool = True
+) -> dict[str, Place]:
+    """Check that a checkpoint has every tensor of a model, in the model's shape; return where each goes.
+
+    Args:
+        model: The model; it may be on the meta device. A tensor that its configuration ties to another may be absent.
+        shapes: Shape of each stored tensor by name; those that the model does not have are not looked at.
+        path: The checkpoint, for the message.
+        strict: False lets tensors be missing outside the base model, and poolers: a task's own head is trained anew.
+
+    Raises:
+        FewbitsError: If one is missing or has another shape.
+    """
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = places(model, shapes)
+    present = {parameter for place in found.values() for parameter in place.parameters()}
+    optional = _new_in_a_task(model) if not strict else lambda name: False
+    missing = [
+        name
+        for name in wanted
+        if name not in present and name not in model.all_tied_weights_keys and not optional(name)
+    ]
+    if not found:
+        raise FewbitsError(
+            f"{path}: none of its tensors is of a model of type {model.config.model_type!r}; config.json and the weights "
+            "are not of the same model"
+        )
+    if missing:
+        raise FewbitsError(
+            f"{path}: {len(missing)} tensors of the model are not in the checkpoint, such as {missing[0]}; "
+            "download it again"
+        )
+    order = {name: position for position, name in enumerate(wanted)}
+    for name, place in sorted(found.items(), key=lambda item: order[item[1].parameter]):
+        if place.converter is None and shapes[name] != wanted[place.parameter]:
+            raise FewbitsError(
+                f"{path}: {name} has shape {list(shapes[name])}, the configuration wants "
+                f"{list(wanted[place.parameter])}; config.json and the weights are not of the same model"
+            )
+    return found
+
+
+def converted(stored: Mapping[str, Place], read: Callable[[str], Tensor], config: Any) -> dict[str, Tensor]:
+    """Run the conversion that these stored tensors go through together; return what it makes, by parameter.
+
+    Args:
+        stored: All stored tensors of one conversion, by name, with their places.
+        read: Gives a stored tensor.
+        config: The model's configuration.
+    """
+    first = next(iter(stored.values()))
+    assert first.converter is not None, first
+    converter = copy.deepcopy(first.converter)
+    for name, place in stored.items():
+        converter.add_tensor(place.parameter, name, place.pattern, lambda name=name: read(name))
+    made = converter.convert(first.parameter, config=config)
+    return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in made.items()}
+
+
+def _new_in_a_task(model: transformers.PreTrainedModel) -> Callable[[str], bool]:
+    prefix = model.base_model_prefix
+    is_base = not prefix or not hasattr(model, prefix)
+
+    def optional(name: str) -> bool:
+        return ".pooler." in f".{name}" or (not is_base and not name.startswith(f"{prefix}."))
+
+    return optional

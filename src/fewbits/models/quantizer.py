@@ -1,0 +1,163 @@
+"""How fewbits takes part in transformers' loading and saving: quantized layers in, a known layout out."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from fewbits.models.experts import QuantExperts
+from fewbits.models.layouts import compressed_tensors
+from fewbits.models.linear import QuantHead, QuantLinear, keep_compute_dtype
+from fewbits.models.precision import PRECISIONS, Precision
+from fewbits.models.quantizable import output_head, quantizable_weights
+from fewbits.tensors.quantized import quantize_weight
+
+_METHOD = "fewbits"  # lives in memory only: what is saved names a layout that others read too
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What of a model is quantized, decided before it is built.
+
+    Attributes:
+        precision: What its layers are quantized to, groups fitted.
+        parameters: Names of the weights that are; the output head's may be among them, always in int8.
+        kept: 16- or 32-bit dtype of scales, and of what is stored beside quantized weights.
+        dtype: What is computed in between quantized layers.
+    """
+
+    precision: Precision
+    parameters: Collection[str]
+    kept: torch.dtype
+    dtype: torch.dtype
+
+
+@register_quantization_config(_METHOD)
+class FewbitsConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers is not typed
+    """Carries a plan through ``from_pretrained``; written down, it is the configuration of the layout."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.quant_method = _METHOD
+        self.plan = plan
+        self.ignore: list[str] = []
+
+    def to_dict(self) -> dict[str, Any]:
+        """What ``config.json`` holds under ``quantization_config``."""
+        if self.plan.precision.name not in compressed_tensors.WRITES:
+            return {"quant_method": _METHOD, "precision": self.plan.precision.name}
+        return compressed_tensors.quantization_config(self.plan.precision, self.ignore)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FewbitsConfig:
+        return self  # of frozen data; transformers copies configurations often
+
+
+@register_quantizer(_METHOD)
+class FewbitsQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not typed
+    """Puts empty quantized layers into an empty model; the tensors then come as codes and scales."""
+
+    @property
+    def plan(self) -> Plan:
+        """What is quantized."""
+        plan: Plan = self.quantization_config.plan
+        return plan
+
+    def _process_model_before_weight_loading(self, model: transformers.PreTrainedModel, **_: Any) -> None:
+        plan, head = self.plan, output_head(model)
+        for weight in quantizable_weights(model).values():
+            if weight.parameter not in plan.parameters:
+                continue
+            module = model.get_submodule(weight.module)
+            if isinstance(module, QuantExperts):  # for another of its weights
+                continue
+            if weight.kind == "experts":
+                replaced: nn.Module = QuantExperts(module, plan.precision, plan.kept)
+            else:
+                kind = QuantHead if weight.parameter == head else QuantLinear
+                precision = PRECISIONS["int8"] if weight.parameter == head else plan.precision
+                replaced = kind.empty(weight.N, weight.K, module.bias is not None, precision, plan.kept)
+            model.set_submodule(weight.module, replaced)
+        for embedding in _tables(model):
+            embedding.to(plan.kept)
+            keep_compute_dtype(embedding, plan.dtype)
+
+    def _process_model_after_weight_loading(self, model: transformers.PreTrainedModel, **_: Any) -> None:
+        _quantize_tied_head(model, self.plan.kept)
+        for module in model.modules():
+            if isinstance(module, (QuantLinear, QuantExperts)):
+                module.pack()
+        linears = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+        head = output_head(model)
+        self.quantization_config.ignore = linears + ([head.removesuffix(".weight")] if _is_tied(model) and head else [])
+        model.requires_grad_(False)
+
+    def get_state_dict_and_metadata(
+        self, model: transformers.PreTrainedModel
+    ) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """What ``save_pretrained`` writes: codes and scales in the layout's terms, the rest as it was stored."""
+        plan, head = self.plan, output_head(model)
+        state: dict[str, Tensor] = model.state_dict()
+        written: dict[str, Tensor] = {}
+        for name, tensor in state.items():
+            owner = name.rpartition(".")[0]
+            if _is_tied(model) and head is not None and owner == head.rpartition(".")[0]:
+                continue  # made of the embedding again when it is loaded
+            written[name] = tensor.to(plan.kept) if _is_plain(model, owner, tensor) else tensor
+        return written, {}
+
+    def is_serializable(self) -> bool:
+        """Whether ``save_pretrained`` works: there is a layout that can say the precision."""
+        return self.plan.precision.name in compressed_tensors.WRITES
+
+    @property
+    def is_trainable(self) -> bool:
+        """Whether adapters can be trained on top; the quantized weights themselves stay as they are."""
+        return True
+
+
+def _tables(model: transformers.PreTrainedModel) -> list[nn.Module]:
+    """The input embedding, and those that are tied to it: large tables of which a step reads a row."""
+    embedding = model.get_input_embeddings()
+    names = {name for name, module in model.named_modules() if module is embedding}
+    of_weight = {f"{name}.weight" for name in names}
+    for tied, to in model.all_tied_weights_keys.items():
+        if to in of_weight or tied in of_weight:
+            names |= {tied.removesuffix(".weight"), to.removesuffix(".weight")}
+    modules = (model.get_submodule(name) for name in sorted(names))
+    return [module for module in modules if isinstance(module, nn.Embedding)]
+
+
+def _is_tied(model: transformers.PreTrainedModel) -> bool:
+    head = output_head(model)
+    return head is not None and getattr(model.get_output_embeddings(), "tied", False)
+
+
+def _is_plain(model: transformers.PreTrainedModel, owner: str, tensor: Tensor) -> bool:
+    module = model.get_submodule(owner)
+    return tensor.is_floating_point() and not isinstance(module, (QuantLinear, QuantExperts))
+
+
+def _quantize_tied_head(model: transformers.PreTrainedModel, kept: torch.dtype) -> None:
+    """Give a tied output head 8-bit weights of its own: the embedding is looked up, but a decode step reads all of it.
+
+    A head that is not in memory (offloaded) stays as it is.
+    """
+    name, head = output_head(model), model.get_output_embeddings()
+    if name is None or type(head) is not nn.Linear or head.weight.is_meta:
+        return
+    if name not in model.all_tied_weights_keys:
+        return
+    quantized = QuantHead(quantize_weight(head.weight.detach(), "int8", scale_dtype=kept), head.bias)
+    quantized.tied = True
+    if hasattr(head, "_hf_hook"):  # placed by accelerate
+        from accelerate.hooks import add_hook_to_module
+
+        add_hook_to_module(quantized, head._hf_hook)
+    model.set_submodule(name.removesuffix(".weight"), quantized)
+    model.all_tied_weights_keys = {key: to for key, to in model.all_tied_weights_keys.items() if key != name}
