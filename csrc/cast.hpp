@@ -113,15 +113,15 @@ void encode_loop(const float* __restrict x, int64_t count, Code* __restrict code
 }
 
 // Signed formats with subnormals and -0 whose overflow never gives an unsigned NaN: nothing depends on the sign but
-// the sign bit, and Inf becomes what any value beyond the range becomes. With no mantissa bits every significand is 1,
-// odd, so that ties go up; the last bit of the code would say otherwise.
+// the sign bit, and Inf becomes what any value beyond the range becomes, the largest value or the code after it. With
+// no mantissa bits every significand is 1, odd, so that ties go up; the last bit of the code would say otherwise.
 inline bool is_plain(const Rounder& rounder) {
   const Codec& f = rounder.codec;
   if (f.sign != Codec::kMagnitude || !f.has_subnormals || f.signed_from != 0 || f.mantissa_bits == 0) return false;
   const int32_t code_of_inf = (128 - f.emin + 1) << f.mantissa_bits;  // as if Inf were 2^128
   const int32_t beyond = rounder.over[0];
   return code_of_inf > f.max_code && rounder.over[1] == beyond && rounder.inf[0] == beyond &&
-         rounder.inf[1] == beyond && beyond != f.never_signed;
+         rounder.inf[1] == beyond && beyond != f.never_signed && beyond <= f.max_code + 1;
 }
 
 // Round to nearest even, plain formats. Above the smallest normal value all lanes drop the same bits. Below it the
@@ -131,20 +131,23 @@ void encode_plain_nearest(const float* __restrict x, int64_t count, Code* __rest
   const Codec f = rounder.codec;
   const int32_t drop = kFloatMantissa - f.mantissa_bits, half = (1 << drop) >> 1;
   const int32_t smallest_normal = (f.emin + 127) << kFloatMantissa;
-  const int32_t rebias = (f.emin + 126) << f.mantissa_bits;
+  // What rounds, less what takes the exponent to the format's.
+  const int32_t offset = half - 1 - ((f.emin + 126) << kFloatMantissa);
   const int32_t anchor = f.emin == -126 ? 0 : (f.emin - f.mantissa_bits + 23 + 127) << kFloatMantissa;
   const int32_t normal_from = f.emin == -126 ? 0 : smallest_normal;
   const int32_t beyond = rounder.over[0], sign_shift = 32 - f.bits, sign_bit = 1 << (f.bits - 1);
   for (int64_t i = 0; i < count; ++i) {
     const int32_t bits = std::bit_cast<int32_t>(x[i]);
     const int32_t magnitude = bits & 0x7FFFFFFF;
-    const int32_t normal = ((magnitude + half - 1 + ((magnitude >> drop) & 1)) >> drop) - rebias;
+    const int32_t normal = (magnitude + offset + ((magnitude >> drop) & 1)) >> drop;
     const int32_t small =
         std::bit_cast<int32_t>(std::bit_cast<float>(magnitude) + std::bit_cast<float>(anchor)) - anchor;
     int32_t code = magnitude < normal_from ? small : normal;
-    code = code > f.max_code ? beyond : code;
-    code |= static_cast<int32_t>(static_cast<uint32_t>(bits) >> sign_shift) & sign_bit;
-    codes[i] = static_cast<Code>(magnitude > kFloatInf ? f.nan_code : code);
+    code = code < beyond ? code : beyond;
+    // NaN before the sign: else GCC narrows the code for the sign, and widens it again for the choice.
+    const bool is_nan = magnitude > kFloatInf;
+    const int32_t sign = static_cast<int32_t>(static_cast<uint32_t>(bits) >> sign_shift) & sign_bit;
+    codes[i] = static_cast<Code>((is_nan ? f.nan_code : code) | (is_nan ? 0 : sign));
   }
 }
 
