@@ -154,6 +154,75 @@ void encode_by_16(const float* x, int64_t count, uint16_t* codes, int32_t nan_co
   }
 }
 
+// 16 words of the stream that fewbits::random_word defines.
+inline __m512i random_words(__m512i word, __m512i key) {
+  word = _mm512_xor_si512(word, _mm512_srli_epi32(word, 16));
+  word = _mm512_mullo_epi32(word, _mm512_set1_epi32(0x7FEB352D));
+  word = _mm512_xor_si512(_mm512_xor_si512(word, _mm512_srli_epi32(word, 15)), key);
+  word = _mm512_mullo_epi32(word, _mm512_set1_epi32(static_cast<int32_t>(0x846CA68B)));
+  return _mm512_xor_si512(word, _mm512_srli_epi32(word, 16));
+}
+
+// encode_plain_stochastic by shifts that differ by lane. Counts of 32 and more, or below 0, shift everything out.
+//
+//      magnitude or significand   | kept | first 32 dropped bits | the rest
+//                                         + random word: a carry is one more in kept
+//
+// The significand of a subnormal float32 is wrong, in bits that `covers` says are all in the rest.
+template <bool kFloatExponents, class Code>
+void encode_stochastic(const float* x, int64_t count, Code* codes, const Rounder& rounder, uint64_t position) {
+  const Codec f = rounder.codec;
+  const RandomKey key(rounder, position);
+  const int32_t drop = kFloatMantissa - f.mantissa_bits;
+  const __m512i smallest_normal = _mm512_set1_epi32((f.emin + 127) << kFloatMantissa);
+  const __m512i rebias = _mm512_set1_epi32((f.emin + 126) << f.mantissa_bits);
+  const __m512i least_shift = _mm512_set1_epi32(drop), shift_of_field_0 = _mm512_set1_epi32(drop + f.emin + 127);
+  const __m512i key_high = _mm512_set1_epi32(static_cast<int32_t>(key.high)), thirty_two = _mm512_set1_epi32(32);
+  __m512i counter = _mm512_add_epi32(_mm512_set1_epi32(static_cast<int32_t>(key.low)),
+                                     _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+  for (int64_t i = 0; i < count; i += 16, counter = _mm512_add_epi32(counter, _mm512_set1_epi32(16))) {
+    const __mmask16 here = static_cast<__mmask16>(count - i < 16 ? (1 << (count - i)) - 1 : 0xFFFF);
+    const __m512i bits = _mm512_maskz_loadu_epi32(here, x + i), random = random_words(counter, key_high);
+    const __m512i magnitude = _mm512_and_si512(bits, _mm512_set1_epi32(0x7FFFFFFF));
+    __m512i code;
+    if constexpr (kFloatExponents) {
+      code = _mm512_srli_epi32(_mm512_add_epi32(magnitude, _mm512_srli_epi32(random, 32 - drop)), drop);
+    } else {
+      const __mmask16 normal = _mm512_cmpge_epi32_mask(magnitude, smallest_normal);
+      const __m512i whole = _mm512_or_si512(_mm512_and_si512(magnitude, _mm512_set1_epi32(0x7FFFFF)),
+                                            _mm512_set1_epi32(0x800000));
+      const __m512i value = _mm512_mask_mov_epi32(whole, normal, magnitude);
+      const __m512i by_field = _mm512_sub_epi32(shift_of_field_0, _mm512_srli_epi32(magnitude, kFloatMantissa));
+      const __m512i shift = _mm512_max_epi32(by_field, least_shift);
+      const __m512i first = _mm512_or_si512(_mm512_sllv_epi32(value, _mm512_sub_epi32(thirty_two, shift)),
+                                            _mm512_srlv_epi32(value, _mm512_sub_epi32(shift, thirty_two)));
+      const __mmask16 carry = _mm512_cmplt_epu32_mask(_mm512_add_epi32(first, random), first);
+      code = _mm512_srlv_epi32(value, shift);
+      code = _mm512_mask_add_epi32(code, carry, code, _mm512_set1_epi32(1));
+      code = _mm512_mask_sub_epi32(code, normal, code, rebias);
+    }
+    code = _mm512_min_epi32(code, _mm512_set1_epi32(rounder.over[0]));
+    const __m512i sign = _mm512_and_si512(_mm512_srli_epi32(bits, 32 - f.bits), _mm512_set1_epi32(1 << (f.bits - 1)));
+    const __mmask16 nan = _mm512_cmpgt_epi32_mask(magnitude, _mm512_set1_epi32(kFloatInf));
+    code = _mm512_mask_mov_epi32(_mm512_or_si512(code, sign), nan, _mm512_set1_epi32(f.nan_code));
+    if constexpr (sizeof(Code) == 1)
+      _mm_mask_storeu_epi8(codes + i, here, _mm512_cvtepi32_epi8(code));
+    else
+      _mm256_mask_storeu_epi16(codes + i, here, _mm512_cvtepi32_epi16(code));
+  }
+}
+
+inline bool covers(const Rounder& rounder) {
+  const Codec& f = rounder.codec;
+  return is_plain(rounder) && (f.emin == -126 || kFloatMantissa - f.mantissa_bits + f.emin + 127 >= 32 + 24);
+}
+
+template <class Code>
+void encode_stochastic_as(const float* x, int64_t count, Code* codes, const Rounder& rounder, uint64_t position) {
+  if (rounder.codec.emin == -126) return encode_stochastic<true>(x, count, codes, rounder, position);
+  encode_stochastic<false>(x, count, codes, rounder, position);
+}
+
 void encode_avx512(const float* x, int64_t count, void* codes, const Rounder& rounder, uint64_t position) {
   const Codec& f = rounder.codec;
   const bool to_inf = rounder.over[0] == f.inf_code && rounder.over[1] == f.inf_code &&
@@ -162,6 +231,11 @@ void encode_avx512(const float* x, int64_t count, void* codes, const Rounder& ro
     return encode_by_16<ToFp16>(x, count, static_cast<uint16_t*>(codes), f.nan_code);
   if (rounder.rounding == fewbits::kNearestEven && to_inf && is_bfloat16(f))
     return encode_by_16<ToBf16>(x, count, static_cast<uint16_t*>(codes), f.nan_code);
+  if (rounder.rounding == fewbits::kStochastic && covers(rounder)) {
+    if (f.code_bytes() == 1)
+      return encode_stochastic_as(x, count, static_cast<uint8_t*>(codes), rounder, position);
+    return encode_stochastic_as(x, count, static_cast<uint16_t*>(codes), rounder, position);
+  }
   encode_floats(x, count, codes, rounder, position);
 }
 
