@@ -34,6 +34,7 @@ class QuantizedSource:
         self.weights: dict[str, tuple[int, ...]] = layout.weights(stored.tensors, precision, stored.path)
         self.path: Path = stored.path
         self.size: int = stored.size
+        self._last: tuple[str, QuantizedTensor] | None = None
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -61,7 +62,12 @@ class QuantizedSource:
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows of a tensor; of a quantized weight too, which is read whole for them."""
-        return self.read(name)[start:stop] if name in self.weights else self._stored.read_rows(name, start, stop)
+        if name not in self.weights:
+            return self._stored.read_rows(name, start, stop)
+        if self._last is None or self._last[0] != name:  # rows are asked for one piece after the other
+            self._last = (name, self.read_quantized(name))
+        weight = self._last[1]
+        return QuantizedTensor(weight.codes[start:stop], weight.scales[start:stop], weight.format).dequantize()
 
     def read_quantized(self, name: str) -> QuantizedTensor:
         """One quantized weight as codes and scales."""

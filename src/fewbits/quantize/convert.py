@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fewbits.errors import FewbitsError
 from fewbits.models.filling import Progress
+from fewbits.models.layouts.gguf import gguf_type
 from fewbits.models.load import auto_class_of, empty_model, nominal_dtype
 from fewbits.models.manifest import ManifestRow, fitted, make_manifest
 from fewbits.models.naming import check_tensors
@@ -29,31 +30,13 @@ from fewbits.models.quantized_source import FOLDER_LAYOUTS, QuantizedSource, as_
 from fewbits.models.safetensors_writer import SafetensorsWriter
 from fewbits.models.source import Source, open_source
 from fewbits.models.staging import MARK, staged_folder
+from fewbits.quantize.conversion import Conversion, told_rounding
+from fewbits.quantize.to_gguf import convert_to_gguf
 from fewbits.tensors.cast_report import CastReport, cast_and_report
 from fewbits.tensors.quantized import QuantizedTensor, quantize_weight
 
+GGUF = "gguf"
 _NAMED = 5  # more tensors that an error names, after the first
-
-
-@dataclass(frozen=True)
-class Conversion:
-    """What a conversion wrote.
-
-    Attributes:
-        path: The folder.
-        precision: The precision's name.
-        nbytes: Bytes of all tensors.
-        manifest: Each tensor's format, bytes, or why it is kept.
-        casts: Of a cast, what it did to each tensor; empty if layers were quantized.
-        rounding: What became of weights that were quantized before; None if they were not.
-    """
-
-    path: Path
-    precision: str
-    nbytes: int
-    manifest: tuple[ManifestRow, ...]
-    casts: tuple[CastReport, ...] = ()
-    rounding: str | None = None
 
 
 def convert(
@@ -66,6 +49,7 @@ def convert(
     overflow: str | None = None,
     overwrite: bool = False,
     revision: str | None = None,
+    trust_remote_code: bool = False,
     on_manifest: Callable[[Sequence[ManifestRow]], None] | None = None,
     progress: Progress | None = None,
 ) -> Conversion:
@@ -73,14 +57,16 @@ def convert(
 
     Args:
         source: Hub id, folder or ``.gguf`` file.
-        out: The folder to write; it appears when it is complete.
-        to: ``int8`` (8-bit weights and activations), or a cast: ``bf16``, ``fp16``, ``fp32``.
-        layout: How it is written; ``compressed-tensors`` (transformers and vLLM read it).
+        out: The folder to write (of GGUF, the file); it appears when it is complete.
+        to: ``int8`` (8-bit weights and activations), ``int8-weight``, ``int4``, ``fp8``, or a cast: ``bf16``, ``fp16``,
+            ``fp32``. In GGUF, int8 is Q8_0 and int4 Q4_0; its own types can be named too.
+        layout: How it is written: ``compressed-tensors`` (transformers and vLLM read it), ``bitsandbytes``, ``gguf``.
         keep: Patterns of module names that are not quantized (``*`` matches anything).
         overflow: What a cast does with values beyond the new format: ``saturate`` writes its largest number, ``ieee``
             Inf; None refuses the model and names its tensors that have such values.
         overwrite: Replace ``out`` if it holds a model.
         revision: Branch, tag or commit of a Hub id.
+        trust_remote_code: Run the model's own code, where transformers does not know its type.
         on_manifest: Called with the manifest before any work.
         progress: Called with bytes written and bytes in all.
 
@@ -89,11 +75,16 @@ def convert(
             holds NaN or Inf or a value beyond the new format, or ``out`` is not free.
         OSError: If the output cannot be written. Nothing is left behind then.
     """
+    out = Path(out)
+    if layout == GGUF:
+        _refuse_for_gguf(to, keep, overflow)
+        opened = as_weights(open_source(source, revision=revision, trust_remote_code=trust_remote_code))
+        return convert_to_gguf(opened, out, to, overwrite=overwrite, on_manifest=on_manifest, progress=progress)
     precision = precision_named(to)
     if layout not in FOLDER_LAYOUTS:
-        raise FewbitsError(f"layout {layout!r} is unknown; known: {', '.join(FOLDER_LAYOUTS)}")
+        raise FewbitsError(f"layout {layout!r} is unknown; known: {', '.join([*FOLDER_LAYOUTS, GGUF])}")
     _check_options(precision, layout, keep, overflow)
-    opened = as_weights(open_source(source, revision=revision))
+    opened = as_weights(open_source(source, revision=revision, trust_remote_code=trust_remote_code))
     dtype = TORCH_DTYPES[precision.name] if precision.cast else nominal_dtype(opened)
     model = empty_model(opened.config, dtype, auto_class_of(opened.config))
     shapes = {name: tensor.shape for name, tensor in opened.tensors.items()}
@@ -102,7 +93,6 @@ def convert(
     rounding = _rounding(opened, precision, layout)
     manifest = make_manifest(model, shapes, places, precision, dtype=dtype, keep=keep)
     tokenizer = opened.tokenizer()
-    out = Path(out)
     nbytes = sum(row.nbytes for row in manifest)
     weights = quantizable_weights(model)
     by_tensor = {name: weights[place.parameter] for name, place in places.items() if place.parameter in weights}
@@ -120,6 +110,14 @@ def convert(
     return Conversion(out, to, nbytes, tuple(manifest), tuple(casts), rounding)
 
 
+def _refuse_for_gguf(to: str, keep: Sequence[str], overflow: str | None) -> None:
+    gguf_type(to)
+    if keep:
+        raise FewbitsError(f"keep: a GGUF file has one type of matrices; leave --keep out ({', '.join(keep)})")
+    if overflow is not None:
+        raise FewbitsError(f"overflow={overflow!r}: GGUF files are refused where values overflow; leave it out")
+
+
 def _check_options(precision: Precision, layout: str, keep: Sequence[str], overflow: str | None) -> None:
     can = FOLDER_LAYOUTS[layout].WRITES
     if not precision.cast and precision.name not in can:
@@ -134,15 +132,13 @@ def _check_options(precision: Precision, layout: str, keep: Sequence[str], overf
 
 
 def _rounding(source: Source, precision: Precision, layout: str) -> str | None:
-    """What happens to weights that come quantized already; None if they do not."""
     if not isinstance(source, QuantizedSource):
         return None
     stored = source.precision
     if source.layout == layout and stored.name == precision.name:
         raise FewbitsError(f"{source.path} is {stored.name} already; convert the model that it was made from")
-    if (stored.weights, stored.group_size) == (precision.weights, precision.group_size):
-        return f"codes and scales of {stored.name} are taken over as they are"
-    return f"weights were rounded to {stored.name} before and are rounded again, to {precision.name}"
+    same = (stored.weights, stored.group_size) == (precision.weights, precision.group_size)
+    return told_rounding(source, precision.name, taken_over=same)
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,10 @@ from fewbits.models.layouts.gguf_keys import Keys, family_of, frequency_factors,
 from fewbits.models.layouts.gguf_tensors import PLAIN, GgufRow, encoded_tensor
 from fewbits.models.layouts.gguf_vocabulary import vocabulary_keys
 from fewbits.models.source import Source
+from fewbits.tensors.quantized import CODE_DTYPES
 
 _T = GGMLQuantizationType
-_STORED = {"F64", "F32", "F16", "BF16", *(kind.name for kind in _T)} - {"I8", "I16", "I32", "I64"}
+_STORED = {"F64", "F32", "F16", "BF16", *(kind.name for kind in _T), *CODE_DTYPES} - {"I8", "I16", "I32", "I64"}
 
 
 @dataclass(frozen=True)
