@@ -1,6 +1,7 @@
 """Models on the Hugging Face Hub: fetched into its cache, or found there when the Hub cannot be reached."""
 
 from pathlib import Path
+from typing import Any
 
 from fewbits.errors import FewbitsError
 
@@ -23,10 +24,19 @@ _PICKLES = ["pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-
 _UNWANTED = ["*/*", "consolidated*", "adapter_*"]
 
 
-def fetch_model(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Path:
+def fetch_model(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False, subfolder: str = "", **options: Any
+) -> Path:
     """The folder in the Hugging Face cache that holds the Hub model `name`, downloaded if need be.
 
     Pickles are fetched where the model has no safetensors; Python files only with `trust_remote_code`.
+
+    Args:
+        name: Its Hub id.
+        revision: Branch, tag or commit.
+        trust_remote_code: Fetch the Python files too.
+        subfolder: The folder within the repository that holds the model.
+        options: `cache_dir`, `force_download`, `local_files_only`, `token`: as the Hub's client takes them.
 
     Raises:
         FewbitsError: No such model, no right to it, or the Hub cannot be reached and the cache does not have it.
@@ -52,11 +62,21 @@ def fetch_model(name: str, *, revision: str | None = None, trust_remote_code: bo
         HfHubHTTPError: "cannot be fetched from the Hub; try again later",
     }
     wanted = [*_WANTED, "*.py"] if trust_remote_code else _WANTED
+    prefix = f"{subfolder}/" if subfolder else ""
+
+    def fetch(patterns: list[str]) -> Path:
+        folder = snapshot_download(
+            name,
+            revision=revision,
+            allow_patterns=[prefix + pattern for pattern in patterns],
+            ignore_patterns=[prefix + pattern for pattern in _UNWANTED],
+            **options,
+        )
+        return Path(folder) / subfolder
+
     try:
-        folder = snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=_UNWANTED)
-        if not any(Path(folder).glob("*.safetensors")):
-            folder = snapshot_download(name, revision=revision, allow_patterns=_PICKLES, ignore_patterns=_UNWANTED)
-        return Path(folder)
+        folder = fetch(wanted)
+        return folder if any(folder.glob("*.safetensors")) else fetch(_PICKLES)
     except tuple(reasons) as error:
         reason = next(reason for kind, reason in reasons.items() if isinstance(error, kind))
         raise FewbitsError(f"{name} {reason}") from error

@@ -4,7 +4,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
@@ -71,7 +71,12 @@ class Source(Protocol):
 
 
 def open_source(
-    model: str | os.PathLike[str], *, revision: str | None = None, trust_remote_code: bool = False
+    model: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    subfolder: str = "",
+    **hub_options: Any,
 ) -> Source:
     """Open a model wherever it is; nothing is read but headers.
 
@@ -82,6 +87,8 @@ def open_source(
         revision: Branch, tag or commit of a Hub id; unused for a path.
         trust_remote_code: Let transformers run the Python files of the model's own that its configuration or tokenizer
             asks for; pickles are not run even then.
+        subfolder: The folder within a Hub repository, or within a folder, that holds the model.
+        hub_options: For a Hub id: `cache_dir`, `force_download`, `local_files_only`, `token`.
 
     Raises:
         FewbitsError: No such path, no weights in it, a truncated or corrupt file, an architecture that is not read, or
@@ -95,14 +102,15 @@ def open_source(
     if path.is_file():
         return _open_file(path)
     if path.is_dir():
-        return _open_folder(path, trust_remote_code)
+        return _open_folder(path / subfolder, trust_remote_code)
     if not _is_hub_id(os.fspath(model)):
         raise FewbitsError(
             f"no such file or folder: {path}; give a .gguf file, a folder with safetensors, or a Hub id (owner/name)"
         )
     from fewbits.models.hub import fetch_model  # imported here: only a Hub id needs the network client
 
-    folder = fetch_model(os.fspath(model), revision=revision, trust_remote_code=trust_remote_code)
+    options = {"revision": revision, "trust_remote_code": trust_remote_code, "subfolder": subfolder, **hub_options}
+    folder = fetch_model(os.fspath(model), **options)
     return _open_folder(folder, trust_remote_code)
 
 
