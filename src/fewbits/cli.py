@@ -101,11 +101,14 @@ def convert(
 
     _refuse_unwritable(json)
     console = Console()
-    with _progress("converting", in_bytes=True) as step:
-        done = run(
-            model, out, to, layout=layout, keep=keep or (), overflow=overflow, overwrite=overwrite, revision=revision,
-            progress=step, on_manifest=lambda rows: console.print(manifest_table(rows)),
-        )  # fmt: skip
+    try:
+        with _progress("converting", in_bytes=True) as step:
+            done = run(
+                model, out, to, layout=layout, keep=keep or (), overflow=overflow, overwrite=overwrite,
+                revision=revision, progress=step, on_manifest=lambda rows: console.print(manifest_table(rows)),
+            )  # fmt: skip
+    except KeyboardInterrupt as stop:  # here, since Typer does not pass on what it says
+        _fail("; ".join(["interrupted", *getattr(stop, "__notes__", ())]), _INTERRUPTED)
     if json is not None:
         _write_json(json, {"path": str(done.path), "to": to, "nbytes": done.nbytes,
                            "manifest": [asdict(row) for row in done.manifest],

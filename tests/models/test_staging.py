@@ -1,11 +1,14 @@
 """A folder is there whole or not at all, and nothing that holds no model is ever deleted."""
 
+import errno
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from fewbits.errors import FewbitsError
+from fewbits.models.resumable import RECORD, Resumable
 from fewbits.models.staging import MARK, staged_folder
 
 
@@ -70,6 +73,70 @@ def test_a_leftover_is_replaced(tmp_path: Path) -> None:
     write(tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == [MARK]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("kind", ["file", "link"])
+def test_what_is_in_the_way_is_not_deleted(tmp_path: Path, kind: str) -> None:
+    precious = make(tmp_path / "precious", "letter.txt")
+    in_the_way = tmp_path / ".out.incomplete"
+    in_the_way.touch() if kind == "file" else in_the_way.symlink_to(precious)
+    with pytest.raises(FewbitsError, match=r"\.out\.incomplete is in the way: it is no folder of fewbits; remove it"):
+        write(tmp_path / "out")
+    assert (precious / "letter.txt").read_text() == "old"
+
+
+def test_the_only_old_one_stays_until_the_new_one_stands(tmp_path: Path) -> None:
+    """A kill between the two renames left it."""
+    make(tmp_path / ".out.replaced", MARK)
+    with pytest.raises(ZeroDivisionError), staged_folder(tmp_path / "out", overwrite=True, nbytes=1):
+        _ = 1 / 0
+    assert (tmp_path / ".out.replaced" / MARK).read_text() == "old"
+    write(tmp_path / "out", overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def stopped(out: Path, fingerprint: str | None, *, nbytes: int = 1) -> list[str]:
+    """Write a folder whose first file is done when Ctrl-C comes; the names that were there at the beginning."""
+    there: list[str] = []
+    with (
+        suppress(KeyboardInterrupt),
+        staged_folder(out, overwrite=False, nbytes=nbytes, fingerprint=fingerprint) as new,
+    ):
+        there += sorted(path.name for path in new.iterdir())
+        (new / "other").touch()
+        with Resumable(new) as record, (new / "data").open("wb", buffering=0) as data:
+            record.opened("data", data.fileno())
+            data.write(bytes(nbytes * 4 // 5))
+            record.wrote("data", "part", nbytes)
+            record.record("step")
+            record.flush()
+            record.closed("data")
+        raise KeyboardInterrupt
+    return there
+
+
+def test_only_the_same_work_goes_on(tmp_path: Path) -> None:
+    runs = [stopped(tmp_path / "out", fingerprint) for fingerprint in ("a", "a", "b", None, None)]
+    assert runs == [[RECORD], [RECORD, "data"], [RECORD], [], []]
+
+
+def test_a_disk_that_holds_what_is_left_suffices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    stopped(tmp_path / "out", "a", nbytes=1_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=300_000))
+    assert "data" in stopped(tmp_path / "out", "a", nbytes=1_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100_000))
+    with pytest.raises(FewbitsError, match="GB are needed"):
+        stopped(tmp_path / "out", "a", nbytes=1_000_000)
+
+
+def test_a_file_system_without_locks_is_written_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    write(tmp_path / "out")
+    assert (tmp_path / "out" / MARK).read_text() == "new"
 
 
 def test_what_fails_leaves_the_old_one(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A conversion that does not end leaves nothing that looks like a model, whatever stops it."""
+"""A conversion that does not end leaves nothing that looks like a model, whatever stops it; see also `_resumed`."""
 
 import shutil
 import signal
@@ -50,8 +50,11 @@ def stop(tiny: Path, out: Path, how: signal.Signals) -> tuple[int, str]:
 
 
 def test_ctrl_c(tiny: Path, tmp_path: Path) -> None:
-    assert stop(tiny, tmp_path / "out", signal.SIGINT) == (130, "error: interrupted\n")
-    assert list(tmp_path.iterdir()) == []
+    kept = "what is done is kept: run the same again, and it goes on there"
+    assert stop(tiny, tmp_path / "out", signal.SIGINT) == (130, f"error: interrupted; {kept}\n")
+    assert [path.name for path in tmp_path.iterdir()] == [".out.incomplete"]
+    fewbits.convert(tiny, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_killed_conversion_is_marked_and_replaced(tiny: Path, tmp_path: Path) -> None:
@@ -103,7 +106,8 @@ def test_an_error_in_the_middle(
     before = (out / "model.safetensors").read_bytes()
     with pytest.raises(error, match="no further"):
         fewbits.convert(tiny, out, overwrite=True)
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    kept = [".out.incomplete"] if error is KeyboardInterrupt else []  # what was done until then
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*kept, "out"]
     assert (out / "model.safetensors").read_bytes() == before, "the old model still stands"
 
 

@@ -27,6 +27,7 @@ from fewbits.models.naming import check_tensors
 from fewbits.models.precision import TORCH_DTYPES, Precision, cast_weight, precision_named
 from fewbits.models.quantizable import Weight, quantizable_weights
 from fewbits.models.quantized_source import FOLDER_LAYOUTS, QuantizedSource, as_weights
+from fewbits.models.resumable import Resumable, fingerprint
 from fewbits.models.safetensors_writer import SafetensorsWriter
 from fewbits.models.source import Source, open_source
 from fewbits.models.staging import MARK, staged_folder
@@ -74,6 +75,7 @@ def convert(
         FewbitsError: If the source cannot be read or is quantized already, a name or pattern is unknown, a weight
             holds NaN or Inf or a value beyond the new format, or ``out`` is not free.
         OSError: If the output cannot be written. Nothing is left behind then.
+        KeyboardInterrupt: What is done is kept, as after a kill: the same conversion, run again, goes on there.
     """
     out = Path(out)
     if layout == GGUF:
@@ -97,7 +99,8 @@ def convert(
     weights = quantizable_weights(model)
     by_tensor = {name: weights[place.parameter] for name, place in places.items() if place.parameter in weights}
     job = _Job(opened, FOLDER_LAYOUTS[layout], precision, dtype, manifest, by_tensor, overflow)
-    with staged_folder(out, overwrite=overwrite, nbytes=nbytes) as folder:
+    work = fingerprint(opened, to=to, layout=layout, keep=[*keep], overflow=overflow)
+    with staged_folder(out, overwrite=overwrite, nbytes=nbytes, fingerprint=work) as folder:
         if on_manifest is not None:
             on_manifest(manifest)
         job.write_config(model, folder)
@@ -175,8 +178,13 @@ class _Job:
         casts: list[CastReport] = []
         refused: dict[str, float] = {}
         done, total = 0, sum(row.nbytes for row in self.manifest)
-        with SafetensorsWriter(path, ((name, *what) for name, what in self._declared().items())) as writer:
+        tensors = ((name, *what) for name, what in self._declared().items())
+        with Resumable(path.parent) as record, SafetensorsWriter(path, tensors, record) as writer:
             for row in self.manifest:
+                if record.done(row.tensor):
+                    casts += [CastReport(**report) for report in record.extra(row.tensor)]
+                    done += row.nbytes
+                    continue
                 if self.precision.cast:
                     tensor = self.source.read(row.tensor)
                     values, report = cast_and_report(row.tensor, tensor, self.precision.name, self.overflow)
@@ -190,6 +198,8 @@ class _Job:
                 else:
                     for name, stored in self.layout.store(row.tensor, self._quantized(row)).items():
                         writer.write(name, stored)
+                if not refused:
+                    record.record(row.tensor, [asdict(cast) for cast in casts[-1:]])
                 done += row.nbytes
                 if progress is not None:
                     progress(done, total)
