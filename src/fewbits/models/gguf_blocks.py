@@ -24,7 +24,7 @@ from fewbits.errors import FewbitsError
 
 BLOCK = 32  # elements, of every type here
 # Elements encoded at once: enough that torch splits each step over its threads, and a scratch of a few MB only.
-_CHUNK = 1 << 19
+_CHUNK = 1 << 18
 # The largest float32 below one half: q plus this, cut off, is q rounded with halves away from zero, for every q that
 # is not so large as to be whole. With one half itself, 0.49999997 would become 1.
 _HALF = 0.5 - 2**-25

@@ -22,7 +22,7 @@ PLAIN = {
     GGMLQuantizationType.F16: torch.float16,
     GGMLQuantizationType.BF16: torch.bfloat16,
 }
-_AT_ONCE = 1 << 22  # elements read and encoded at once
+_AT_ONCE = 1 << 20  # elements read and encoded at once
 
 
 @dataclass(frozen=True)
