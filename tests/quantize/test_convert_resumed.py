@@ -23,7 +23,7 @@ from fewbits.quantize.convert import Conversion
 ROWS = 21  # tensors of the tiny model
 PRECISIONS = ("int8", "fp16")
 
-# Convert in one forked process per point; each kills itself there. What is done is recorded at once, not every 64 MB.
+# Convert in one forked process per point; each kills itself there. What is done is recorded at once, not in batches.
 KILL = """
 import os, signal, sys
 from pathlib import Path
