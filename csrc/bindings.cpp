@@ -54,6 +54,16 @@ NB_MODULE(_native, m) {
       },
       nb::call_guard<nb::gil_scoped_release>());
 
+  m.def(
+      "quantize_weight",
+      [](uintptr_t weight, int64_t N, int64_t K, int64_t group, bool bf16_weight, bool bf16_scales, bool nibbles,
+         float divisor, int32_t low, int32_t high, uintptr_t codes, uintptr_t scales, int threads) {
+        return fewbits::quantize_weight({at<const void>(weight), N, K, group, bf16_weight, bf16_scales, nibbles,
+                                         divisor, low, high, at<int8_t>(codes), at<float>(scales)},
+                                        threads);
+      },
+      nb::call_guard<nb::gil_scoped_release>());
+
   using fewbits::Codec;
   using fewbits::Rounder;
   nb::class_<Codec>(m, "Codec").def("__init__", [](Codec* self, nb::kwargs fields) {

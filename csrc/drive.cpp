@@ -1,6 +1,7 @@
 #include "drive.hpp"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <memory>
 
@@ -23,6 +24,14 @@ void quantize_per_token(const float* x, int64_t M, int64_t K, int8_t* codes, flo
   parallel_ranges(useful_threads(M * K, threads), M, [&](int64_t begin, int64_t end) {
     chosen().kernels->quantize_per_token(x, K, begin, end, codes, scales);
   });
+}
+
+bool quantize_weight(const WeightJob& job, int threads) {
+  std::atomic<bool> bad{false};
+  parallel_ranges(useful_threads(job.N * job.K, threads), job.N, [&](int64_t begin, int64_t end) {
+    if (chosen().kernels->quantize_weight(job, begin, end)) bad = true;
+  });
+  return bad;
 }
 
 void pack_int8(const int8_t* weight, int64_t N, int64_t K, int8_t* packed, int threads) {

@@ -6,6 +6,7 @@
 namespace fewbits {
 
 void quantize_per_token(const float* x, int64_t M, int64_t K, int8_t* codes, float* scales, int threads);
+bool quantize_weight(const WeightJob& job, int threads);
 void pack_int8(const int8_t* weight, int64_t N, int64_t K, int8_t* packed, int threads);
 void int8_matmul(Int8Matmul job, int threads);  // job.tiles is allocated here
 void int8_linear(const float* x, const int8_t* packed, const float* channel_scales, const float* bias, float* out,

@@ -43,10 +43,23 @@ struct Int8Matmul {
   const int8_t* panel(int64_t index) const { return packed + index * panel_bytes(); }
 };
 
+// A weight to quantize, and where its codes and scales go.
+struct WeightJob {
+  const void* weight;  // [N, K] float32 or bfloat16
+  int64_t N, K, group;
+  bool bf16_weight, bf16_scales, nibbles;
+  float divisor;      // scale = max|w| / divisor
+  int32_t low, high;  // the least and the greatest code
+  int8_t* codes;      // [N, K], or [N, K / 2] with nibbles
+  float* scales;      // [N, K / group]
+};
+
 struct Kernels {
   const char* name;
   // Rows [begin, end) of x [M, K] -> codes [M, K], scales [M].
   void (*quantize_per_token)(const float* x, int64_t K, int64_t begin, int64_t end, int8_t* codes, float* scales);
+  // Rows [begin, end); whether a weight or a scale was not finite.
+  bool (*quantize_weight)(const WeightJob& job, int64_t begin, int64_t end);
   // Row tiles [begin, end) of the codes, laid out for int8_matmul.
   void (*int8_pack_rows)(const Int8Matmul& job, int64_t begin, int64_t end);
   // Output tiles [begin, end), counted panel by panel, row tile by row tile.

@@ -7,6 +7,7 @@
 #include "../cast.hpp"
 #include "../int8_matmul.hpp"
 #include "../quantize_per_token.hpp"
+#include "../quantize_weight.hpp"
 
 namespace {
 
@@ -14,6 +15,7 @@ constexpr fewbits::Kernels table(const char* name) {
   return {
       .name = name,
       .quantize_per_token = quantize_per_token,
+      .quantize_weight = quantize_weight,
       .int8_pack_rows = int8_pack_rows,
       .int8_matmul = int8_matmul,
       .encode_floats = encode_floats,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fewbits.errors import FewbitsError
 from fewbits.formats import Format
+from fewbits.kernels import weight as kernel
 from fewbits.tensors.packing import pack_codes, unpack_codes
 
 LARGEST_CODE = 127
@@ -23,6 +24,8 @@ _DIVISOR = {"int8": float(LARGEST_CODE), "int4": 7.5, "e4m3fn": 448.0, "nf4": 1.
 
 int4 has the codes −8…7: with 7.5 the largest weight, of either sign, is half a step from the nearest code, and no
 other weight is farther; with 7 every step would be larger."""
+
+_CODE_RANGE = {"int8": (-LARGEST_CODE, LARGEST_CODE), "int4": (-8, 7)}
 
 CODE_DTYPES = {"int8": torch.int8, "int4": torch.uint8, "e4m3fn": torch.float8_e4m3fn, "nf4": torch.uint8}
 """How the codes of a format lie in memory. Formats of 4 bits have two codes in a byte, see ``tensors.packing``."""
@@ -122,6 +125,11 @@ def quantize_weight(
     columns = K // 2 if is_packed(format_name) else K
     codes = torch.empty((N, columns), dtype=CODE_DTYPES[format_name], device=weight.device)
     scales = torch.empty((N, G), dtype=scale_dtype, device=weight.device)
+    if format_name in _CODE_RANGE and kernel.quantize_weight(
+        weight, codes, scales, group_size=K // G, divisor=_DIVISOR[format_name], lowest=_CODE_RANGE[format_name][0],
+        largest=_CODE_RANGE[format_name][1], packed=is_packed(format_name),
+    ):  # fmt: skip
+        return QuantizedTensor(codes, scales, format_name)
     for start, rows in _pieces(weight):
         stop = start + len(rows)
         scales[start:stop] = _scales(rows.view(len(rows), G, -1), format_name, scale_dtype, start)
@@ -170,11 +178,11 @@ def _scales(groups: Tensor, format_name: str, scale_dtype: torch.dtype, first_ro
 def _encode(scaled: Tensor, format_name: str) -> Tensor:
     """Codes of weights that are divided by their scales already."""
     if format_name == "int8":
-        return torch.round(scaled).clamp_(-LARGEST_CODE, LARGEST_CODE).to(torch.int8)
+        return torch.round(scaled).clamp_(*_CODE_RANGE["int8"]).to(torch.int8)
     if format_name == "e4m3fn":
         return scaled.to(torch.float8_e4m3fn)  # |scaled| ≤ 448: nothing overflows
     if format_name == "int4":
-        return pack_codes(torch.round(scaled).clamp_(-8, 7).to(torch.int8).view(torch.uint8) & 15)
+        return pack_codes(torch.round(scaled).clamp_(*_CODE_RANGE["int4"]).to(torch.int8).view(torch.uint8) & 15)
     values = _codebook(format_name, scaled.device)
     middles = (values[1:] + values[:-1]) / 2
     return pack_codes(torch.bucketize(scaled, middles).to(torch.uint8))
