@@ -1,4 +1,6 @@
 // Casts of whole tensors: chunks that fit the first cache pass through the steps that a cast is made of.
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <atomic>
 #include <bit>
@@ -13,11 +15,26 @@ constexpr int64_t kChunk = 2048;            // elements: 8 KiB as float32
 constexpr int64_t kBeyondCaches = 8 << 20;  // bytes of a result that would push everything else out of the caches
 constexpr int64_t kChunksWorthAThread = 16;
 
+// Asks for pages of 2 MiB: the system makes one in a fifth of the time of the 512 small ones. Not below what malloc
+// takes from the heap, 32 MiB at most, since advice stays with the memory.
+void ask_for_huge_pages([[maybe_unused]] void* to, [[maybe_unused]] int64_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  constexpr int64_t kWorthIt = 64 << 20;
+  constexpr uintptr_t kPage = 4096;
+  if (bytes < kWorthIt) return;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(to) + kPage - 1) / kPage * kPage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(to) + static_cast<uintptr_t>(bytes)) / kPage * kPage;
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // refused: small pages as before
+#endif
+}
+
 // Where a result goes: straight to its place if it is small or fresh, else through a buffer and past the caches.
 class Place {
  public:
   Place(void* to, int64_t bytes, bool fresh)
-      : to_(static_cast<char*>(to)), past_caches_(bytes > kBeyondCaches && !fresh) {}
+      : to_(static_cast<char*>(to)), past_caches_(bytes > kBeyondCaches && !fresh) {
+    if (fresh) ask_for_huge_pages(to, bytes);
+  }
   template <class T>
   T* begin(int64_t offset, T* buffer) const {
     return past_caches_ ? buffer : reinterpret_cast<T*>(to_ + offset);

@@ -120,6 +120,15 @@ def test_decode_large_tensors(name: str, aligned: bool) -> None:
         assert torch.equal(out.view(torch.int32), values[codes].view(torch.int32))
 
 
+def test_decode_into_new_memory_of_huge_pages() -> None:
+    fmt = Format.named("e4m3fn")
+    codes = torch.arange((1 << 24) + 3).to(torch.uint8)
+    out = torch.empty(codes.shape)
+    assert cast.decode(codes, fmt, out, fresh=True) is out
+    expected = to_values(torch.arange(256), fmt, torch.float32).repeat((1 << 16) + 1)[: codes.numel()]
+    assert torch.equal(out.view(torch.int32), expected.view(torch.int32))
+
+
 @pytest.mark.parametrize("at", [0, 2070, 5003])
 def test_one_code_out_of_range_is_seen(at: int) -> None:
     codes = torch.full((5004,), 63, dtype=torch.uint8)
