@@ -1,10 +1,8 @@
 """The compressed-tensors layout: what is written is what the specification says, and what transformers reads."""
 
-import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,11 +12,7 @@ from safetensors import safe_open
 from transformers import CompressedTensorsConfig
 
 import fewbits
-from fewbits.errors import FewbitsError
-from fewbits.models.layouts.compressed_tensors import precision_of, quantization_config
 from fewbits.models.linear import QuantLinear
-from fewbits.models.precision import PRECISIONS
-from fewbits.models.quantized_source import as_weights
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
@@ -115,78 +109,3 @@ def test_transformers_predicts_what_we_predict(folders: tuple[Path, Path]) -> No
     for model in (found, expected):
         assert 1e-4 * spread < (model - exact).abs().mean() < 0.05 * spread
     assert (found - expected).abs().mean() < 0.05 * spread  # activations are rounded with another scale: amax / 127.5
-
-
-# --- what is read and what is refused -----------------------------------------------------------------------------
-
-CONFIG = quantization_config(PRECISIONS["int8"], ["lm_head"])
-
-
-def changed(path: str, value: Any) -> dict[str, Any]:
-    config = copy.deepcopy(CONFIG)
-    *keys, last = path.split(".")
-    inner = config
-    for key in keys:
-        inner = inner[key]
-    inner[last] = value
-    return config
-
-
-def test_what_is_written_is_read() -> None:
-    assert precision_of(CONFIG, "x") is PRECISIONS["int8"]
-
-
-@pytest.mark.parametrize(
-    "path",
-    ["config_groups.group_0.weights.group_size", "config_groups.group_0.weights.symmetric",
-     "config_groups.group_0.weights.dynamic", "config_groups.group_0.output_activations", "kv_cache_scheme",
-     "global_compression_ratio", "version", "ignore"],
-)  # fmt: skip
-def test_a_key_may_be_left_out(path: str) -> None:
-    config = copy.deepcopy(CONFIG)
-    *keys, last = path.split(".")
-    inner = config
-    for key in keys:
-        inner = inner[key]
-    del inner[last]
-    assert precision_of(config, "x") is PRECISIONS["int8"]
-
-
-@pytest.mark.parametrize(
-    ("path", "value"),
-    [
-        ("config_groups.group_0.weights.num_bits", 4),
-        ("config_groups.group_0.weights.type", "float"),
-        ("config_groups.group_0.weights.symmetric", False),
-        ("config_groups.group_0.weights.strategy", "tensor"),
-        ("config_groups.group_0.weights.strategy", "group"),
-        ("config_groups.group_0.weights.group_size", 128),
-        ("config_groups.group_0.weights", None),
-        ("config_groups.group_0.input_activations", None),
-        ("config_groups.group_0.input_activations.dynamic", False),
-        ("config_groups.group_0.input_activations.strategy", "tensor"),
-        ("config_groups.group_0.output_activations", CONFIG["config_groups"]["group_0"]["input_activations"]),
-        ("config_groups.group_0", None),
-        ("config_groups.group_1", CONFIG["config_groups"]["group_0"]),
-        ("config_groups", {}),
-        ("config_groups", None),
-        ("config_groups", []),
-        ("format", "pack-quantized"),
-        ("kv_cache_scheme", {"num_bits": 8, "type": "float"}),
-        ("transform_config", {"config_groups": {"u": {"type": "hadamard"}}}),
-        ("sparsity_config", {"format": "sparse-24-bitmask"}),
-    ],
-    ids=str,
-)
-def test_another_scheme_is_refused_by_name(path: str, value: Any) -> None:
-    config = changed(path, value)
-    message = rf"x: this compressed-tensors scheme \('{config['format']}'\) cannot be read; int-quantized"
-    with pytest.raises(FewbitsError, match=message):
-        precision_of(config, "x")
-
-
-@pytest.mark.parametrize("method", ["gptq", "awq", "fp8", None])
-def test_another_method_is_refused_by_name(method: str | None) -> None:
-    source = SimpleNamespace(config=SimpleNamespace(quantization_config={"quant_method": method}), path="x")
-    with pytest.raises(FewbitsError, match=rf"x: quant_method {method!r} cannot be read; 'compressed-tensors'.* can"):
-        as_weights(source)

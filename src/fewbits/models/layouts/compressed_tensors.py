@@ -1,46 +1,50 @@
 """The compressed-tensors layout: a Hugging Face folder that transformers and vLLM read.
 
-Of a quantized layer X it stores, for 8-bit weights and activations (``int-quantized``):
+Of a quantized layer X with weights ``[N, K]`` and G scales per channel it stores
 
-    X.weight        int8  [N, K]
-    X.weight_scale  float [N, 1], in the model's own 16- or 32-bit dtype
+    int8 (``int-quantized``)                    X.weight         int8 [N, K]
+    fp8 (``float-quantized``)                   X.weight         float8_e4m3fn [N, K]
+    int8-weight and int4 (``pack-quantized``)   X.weight_packed  int32 [N, words], see ``packed_words``
+                                                X.weight_shape   int64 [2]: N and K
+    all of them                                 X.weight_scale   float [N, G], in the model's own 16- or 32-bit dtype
 
 and ``config.json`` says so in ``quantization_config``. Activations are quantized at run time, so nothing is stored for
-them. Biases, norms, embeddings and the layers under ``ignore`` are stored as in any other checkpoint.
+them. Biases, norms, embeddings and the layers under ``ignore`` are stored as in any other checkpoint. Stacked experts
+have one more dimension in front and no ``.weight`` in their names; other readers do not know them.
 
-Source: the compressed-tensors package, ``compressed_tensors/quantization/quant_args.py`` and ``quant_scheme.py``.
+Source: the compressed-tensors package, ``compressed_tensors/quantization/`` and ``compressed_tensors/compressors/``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fewbits.errors import FewbitsError
+from fewbits.models.layouts.compressed_schemes import schemes_of
+from fewbits.models.layouts.compressed_weight import CODES, PACKED, SCALE, SHAPE, stored_weight
+from fewbits.models.layouts.packed_words import pack_words, words_in
+from fewbits.models.layouts.stored_weight import StoredWeight
 from fewbits.models.precision import PRECISIONS, Precision
-from fewbits.models.source import Source, StoredTensor
-from fewbits.tensors.quantized import QuantizedTensor
+from fewbits.models.source import Source
+from fewbits.tensors.quantized import CODE_DTYPES, QuantizedTensor
 
 NAME = "compressed-tensors"
-WRITES = ("int8",)
+WRITES = ("int8", "int8-weight", "int4", "fp8")
 """Precisions that this layout can say."""
 
-_WRITTEN_AS = "0.15.0"  # the first version of the package that transformers 5 accepts
+SCALES: torch.dtype | None = None
+"""The dtype of scales; None: that of what is not quantized."""
 
-# Keys that readers may leave out, with what leaving them out means.
-_DEFAULTS: dict[str, Any] = {"symmetric": True, "dynamic": False, "group_size": None}
-_WEIGHTS = {
-    "num_bits": 8,
-    "type": "int",
-    "symmetric": True,
-    "strategy": "channel",
-    "dynamic": False,
-    "group_size": None,
+_WRITTEN_AS = "0.15.0"  # the first version of the package that transformers 5 accepts
+_FORMATS = {
+    "int8": "int-quantized",
+    "int8-weight": "pack-quantized",
+    "int4": "pack-quantized",
+    "fp8": "float-quantized",
 }
-_ACTIVATIONS = {**_WEIGHTS, "strategy": "token", "dynamic": True}
 
 
 def quantization_config(precision: Precision, ignore: Sequence[str]) -> dict[str, Any]:
@@ -50,16 +54,23 @@ def quantization_config(precision: Precision, ignore: Sequence[str]) -> dict[str
         precision: The precision of the quantized layers.
         ignore: Names of the linear layers that are not quantized.
     """
-    assert precision.name == "int8", precision
+    weights = {
+        "num_bits": precision.weights.bits,
+        "type": "float" if precision.name == "fp8" else "int",
+        "symmetric": True,
+        "strategy": "channel" if precision.group_size is None else "group",
+        "dynamic": False,
+        "group_size": precision.group_size,
+    }
     group = {
         "targets": ["Linear"],
-        "weights": dict(_WEIGHTS),
-        "input_activations": dict(_ACTIVATIONS),
+        "weights": weights,
+        "input_activations": {**weights, "strategy": "token", "dynamic": True} if precision.activations else None,
         "output_activations": None,
     }
     return {
         "quant_method": NAME,
-        "format": "int-quantized",
+        "format": _FORMATS[precision.name],
         "quantization_status": "compressed",
         "version": _WRITTEN_AS,
         "config_groups": {"group_0": group},
@@ -80,75 +91,51 @@ def entries(
         precision: Its precision.
         dtype: The dtype of its scales.
     """
-    return {name: (torch.int8, shape), _scale_name(name): (dtype, (*shape[:-1], 1))}
+    *rows, K = shape
+    scales = {f"{name}{SCALE}": (dtype, (*rows, precision.scales_per_channel(K)))}
+    if not _is_packed(precision):
+        return {name: (CODE_DTYPES[precision.weights.name], shape), **scales}
+    words = (*rows, words_in(K, precision.weights.bits))
+    return {f"{name}{PACKED}": (torch.int32, words), **scales, f"{name}{SHAPE}": (torch.int64, (len(shape),))}
 
 
-def store(name: str, weight: QuantizedTensor) -> dict[str, Tensor]:
-    """The tensors that a weight is stored as: what ``entries`` declares."""
-    return {name: weight.codes, _scale_name(name): weight.scales}
+def store(name: str, weight: QuantizedTensor, precision: Precision | None = None) -> dict[str, Tensor]:
+    """The tensors that a weight is stored as: what ``entries`` declares.
+
+    Args:
+        name: The weight's full name.
+        weight: Codes and scales.
+        precision: Its precision; None is int8.
+    """
+    precision = precision or PRECISIONS["int8"]
+    scales = {f"{name}{SCALE}": weight.scales}
+    if not _is_packed(precision):
+        return {name: weight.codes, **scales}
+    words = pack_words(weight.codes, precision.weights.bits)
+    return {f"{name}{PACKED}": words, **scales, f"{name}{SHAPE}": torch.tensor(weight.shape)}
 
 
-def precision_of(config: dict[str, Any], path: object) -> Precision:
-    """Return the precision that a checkpoint's ``quantization_config`` describes.
+def stored_weights(source: Source, config: dict[str, Any]) -> dict[str, StoredWeight]:
+    """The quantized weights of a checkpoint, by the names that they have in a model.
+
+    Args:
+        source: The checkpoint.
+        config: Its ``quantization_config``.
 
     Raises:
-        FewbitsError: If it is a scheme that fewbits does not read yet.
+        FewbitsError: If the configuration or a weight says something that fewbits cannot read, or a tensor that belongs
+            to a weight is missing or has another shape or dtype: without it codes stand for nothing.
     """
-    group = _only_group(config)
-    if _says(group.get("weights"), _WEIGHTS) and _says(group.get("input_activations"), _ACTIVATIONS):
-        return PRECISIONS["int8"]
-    raise FewbitsError(
-        f"{path}: this {NAME} scheme ({config.get('format')!r}) cannot be read; int-quantized, 8-bit symmetric "
-        "weights per channel with dynamic activations per token, can"
-    )
-
-
-def weights(tensors: Mapping[str, StoredTensor], precision: Precision, path: object) -> dict[str, tuple[int, ...]]:
-    """The quantized weights of a checkpoint and their shapes, input features last.
-
-    Raises:
-        FewbitsError: If scales are missing or have another shape: without them codes stand for nothing.
-    """
+    schemes = schemes_of(config, source.path)
     found = {}
-    for name, codes in tensors.items():
-        scales = tensors.get(_scale_name(name))
-        if codes.stored_as != "I8" and scales is None:
-            continue
-        if scales is None:
-            raise FewbitsError(f"{path}: {name} is int8, but {_scale_name(name)} is missing; download it again")
-        if scales.shape != (*codes.shape[:-1], 1):
-            raise FewbitsError(
-                f"{path}: {scales.name} has shape {list(scales.shape)}, the codes want {[*codes.shape[:-1], 1]}; "
-                "download it again"
-            )
-        found[name] = codes.shape
+    for tensor in source.tensors.values():
+        of_packed = tensor.name.removesuffix(PACKED) if tensor.name.endswith(PACKED) else None
+        name = of_packed or tensor.name
+        scaled = f"{name}{SCALE}" in source.tensors
+        if of_packed or tensor.stored_as in CODES or scaled:
+            found[name] = stored_weight(source, name, tensor, schemes.of(name.removesuffix(".weight")))
     return found
 
 
-def companions(name: str) -> list[str]:
-    """The names of what is stored for a weight, as far as they may be there."""
-    return [name, _scale_name(name)]
-
-
-def read(source: Source, name: str, precision: Precision) -> QuantizedTensor:
-    """One weight as codes and scales."""
-    return QuantizedTensor(source.read(name), source.read(_scale_name(name)), precision.weights.name)
-
-
-def _scale_name(name: str) -> str:
-    return f"{name}_scale"
-
-
-def _only_group(config: dict[str, Any]) -> dict[str, Any]:
-    """The scheme if it is the only one and nothing else changes what the tensors mean, else nothing."""
-    match config:
-        case {"config_groups": {**groups}, "format": "int-quantized"} if len(groups) == 1:
-            group = next(iter(groups.values()))
-            sparse = (config.get("sparsity_config") or {}).get("format", "dense") != "dense"
-            beside = sparse or any(config.get(key) for key in ("kv_cache_scheme", "transform_config"))
-            return group if isinstance(group, dict) and not beside and not group.get("output_activations") else {}
-    return {}
-
-
-def _says(found: Any, wanted: dict[str, Any]) -> bool:
-    return isinstance(found, dict) and all(found.get(key, _DEFAULTS.get(key)) == value for key, value in wanted.items())
+def _is_packed(precision: Precision) -> bool:
+    return _FORMATS[precision.name] == "pack-quantized"

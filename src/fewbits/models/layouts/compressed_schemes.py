@@ -1,0 +1,169 @@
+"""What a compressed-tensors ``quantization_config`` says about the layers of a model.
+
+It has groups; each names its layers (``targets``: a class, a module's full name, or ``re:`` and a regular expression)
+and the scheme of their weights and activations. Source: the compressed-tensors package,
+``compressed_tensors/quantization/quant_config.py``, ``quant_scheme.py`` and ``quant_args.py``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fewbits.errors import FewbitsError
+from fewbits.models.precision import PRECISIONS, Precision
+
+FORMATS = ("int-quantized", "pack-quantized", "float-quantized", "naive-quantized", "mixed-precision")
+"""The formats that are read; in all of them the names of the stored tensors tell how a weight lies."""
+
+_STRATEGIES = ("channel", "group", "tensor", "block")
+_REGEX = "re:"
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How the weights of some layers are quantized.
+
+    Attributes:
+        bits: Bits of a code, 8 or 4.
+        type: ``int``, or ``float`` for E4M3.
+        strategy: What shares a scale: ``channel``, ``group``, ``tensor`` or ``block``.
+        group_size: Input features of a group.
+        block: Output channels and input features of a block.
+        symmetric: Whether there are no zero points.
+        activations: The format that activations are quantized to, a scale per token; None: they are not, or otherwise.
+    """
+
+    bits: int
+    type: str
+    strategy: str
+    group_size: int | None
+    block: tuple[int, int] | None
+    symmetric: bool
+    activations: str | None
+
+    @property
+    def precision(self) -> Precision | None:
+        """The precision that codes and scales are of; None: there is none, and only the values can be taken."""
+        if not self.symmetric or self.strategy == "block":
+            return None
+        if self.type == "float":
+            return PRECISIONS["fp8"] if self.strategy != "group" and self.activations == "e4m3fn" else None
+        if self.bits == 8 and self.strategy != "group" and self.activations == "int8":
+            return PRECISIONS["int8"]
+        return replace(PRECISIONS["int8-weight" if self.bits == 8 else "int4"], group_size=self.group_size)
+
+
+class Schemes:
+    """The schemes of a checkpoint, and which layers they are for."""
+
+    def __init__(self, groups: Sequence[tuple[Sequence[str], Scheme]], path: object) -> None:
+        self._groups, self._path = groups, path
+
+    def of(self, module: str) -> Scheme:
+        """The scheme of a layer whose stored tensors say that it is quantized.
+
+        Raises:
+            FewbitsError: If no target is for it, and the schemes differ.
+        """
+        if len({scheme for _, scheme in self._groups}) == 1:
+            return self._groups[0][1]
+        for targets, scheme in self._groups:  # names go before classes, as in the package
+            if any(_names(target, module) for target in targets):
+                return scheme
+        for targets, scheme in self._groups:
+            if "Linear" in targets:
+                return scheme
+        raise FewbitsError(f"{self._path}: no group of quantization_config is for {module}; download config.json again")
+
+
+def schemes_of(config: dict[str, Any], path: object) -> Schemes:
+    """Read a ``quantization_config``.
+
+    Raises:
+        FewbitsError: If it says something that fewbits cannot read; the message names it.
+    """
+    named = repr(config.get("format"))
+    if config.get("format") not in FORMATS:
+        raise _refused(path, named, f"of its formats, {', '.join(FORMATS)} can")
+    groups = config.get("config_groups")
+    if not isinstance(groups, dict) or not groups:
+        raise _refused(path, named, "it has no config_groups")
+    if (config.get("sparsity_config") or {}).get("format", "dense") != "dense":
+        raise _refused(path, named, "its sparsity_config is not dense")
+    if config.get("kv_cache_scheme"):
+        raise _refused(path, named, "kv_cache_scheme: a quantized cache is not read")
+    if (config.get("transform_config") or {}).get("config_groups"):
+        raise _refused(path, named, "transform_config: transformed weights are not read")
+    return Schemes([_group(key, group, named, path) for key, group in groups.items()], path)
+
+
+def _group(key: str, group: Any, named: str, path: object) -> tuple[list[str], Scheme]:
+    group = group if isinstance(group, dict) else {}
+    weights, inputs = group.get("weights"), group.get("input_activations")
+    if not isinstance(weights, dict):
+        raise _refused(path, named, f"{key} has no weights")
+    if group.get("output_activations"):
+        raise _refused(path, named, f"{key}.output_activations: quantized outputs are not read")
+    if isinstance(inputs, dict) and inputs.get("dynamic", False) is not True:
+        raise _refused(path, named, f"{key}.input_activations: static scales of activations are not read, dynamic are")
+    scheme = _scheme(weights, inputs if isinstance(inputs, dict) else None)
+    kind, strategy = (scheme.type, scheme.bits), scheme.strategy
+    if kind not in (("int", 8), ("int", 4), ("float", 8)):
+        raise _refused(
+            path, named, f"{key}.weights: {scheme.bits}-bit {scheme.type}; int of 8 and 4 and float of 8 can"
+        )
+    if strategy not in _STRATEGIES or weights.get("dynamic", False) is not False:
+        raise _refused(path, named, f"{key}.weights: strategy {strategy!r}; {', '.join(_STRATEGIES)} can")
+    if strategy == "group" and not _is_positive(scheme.group_size):
+        raise _refused(path, named, f"{key}.weights: group_size {scheme.group_size!r} is no number of input features")
+    if strategy == "block" and (scheme.block is None or not all(map(_is_positive, scheme.block))):
+        raise _refused(path, named, f"{key}.weights: block_structure {weights.get('block_structure')!r} is no size")
+    if weights.get("actorder") in ("group", True):
+        raise _refused(path, named, f"{key}.weights: actorder 'group' reorders input features")
+    targets = group.get("targets")
+    return [target for target in targets if isinstance(target, str)] if isinstance(targets, list) else [], scheme
+
+
+def _scheme(weights: dict[str, Any], inputs: dict[str, Any] | None) -> Scheme:
+    kind = str(weights.get("type", "int"))
+    group_size, block = weights.get("group_size"), weights.get("block_structure")
+    strategy = weights.get("strategy") or (
+        "tensor" if group_size is None else "channel" if group_size == -1 else "group"
+    )
+    activations = None
+    if inputs is not None and (inputs.get("num_bits", 8), inputs.get("strategy")) == (8, "token"):
+        as_weights = inputs.get("type", "int") == kind and inputs.get("symmetric", True)
+        activations = {"int": "int8", "float": "e4m3fn"}.get(kind) if as_weights else None
+    return Scheme(
+        bits=weights.get("num_bits", 8),
+        type=kind,
+        strategy=strategy,
+        group_size=group_size if strategy == "group" else None,
+        block=tuple(block) if strategy == "block" and isinstance(block, list) and len(block) == 2 else None,
+        symmetric=weights.get("symmetric", True) is True,
+        activations=activations,
+    )
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, int) and value > 0
+
+
+def _names(target: str, module: str) -> bool:
+    """Whether a target is this module's name, or an expression that matches it."""
+    if not target.startswith(_REGEX):
+        return target == module
+    try:
+        return re.match(target.removeprefix(_REGEX), module) is not None
+    except re.error:
+        return False
+
+
+def _refused(path: object, named: str, why: str) -> FewbitsError:
+    return FewbitsError(
+        f"{path}: this compressed-tensors scheme ({named}) cannot be read: {why}; load it with transformers, or "
+        "convert the model that it was made from"
+    )
