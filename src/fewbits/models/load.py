@@ -23,7 +23,7 @@ from fewbits.errors import FewbitsError
 from fewbits.models.filling import Progress as Progress
 from fewbits.models.filling import plain_tensors, quantized_tensors
 from fewbits.models.manifest import fitted, make_manifest
-from fewbits.models.naming import Place, check_tensors
+from fewbits.models.naming import check_tensors
 from fewbits.models.precision import TORCH_DTYPES, Precision, precision_named
 from fewbits.models.quantizable import output_head
 from fewbits.models.quantized_source import QuantizedSource, as_weights
@@ -178,7 +178,8 @@ class _Loading:
         self.empty = empty_model(config, self.dtype, theirs)
         shapes = {name: tensor.shape for name, tensor in source.tensors.items()}
         strict = theirs is transformers.AutoModelForCausalLM
-        self.places = _checked_places(self.empty, source, shapes, strict=strict)
+        as_rows = source.weights if isinstance(source, QuantizedSource) else ()
+        self.places = check_tensors(self.empty, shapes, source.path, strict=strict, as_rows=as_rows)
 
     def run(self, model_args: tuple[Any, ...], kwargs: dict[str, Any]) -> transformers.PreTrainedModel:
         """Build and fill the model."""
@@ -327,22 +328,6 @@ def _configuration(source: Source, kwargs: dict[str, Any]) -> transformers.PreTr
 def _has_head(source: Source, theirs: Any) -> bool:
     """Whether ``AutoModel`` means the model with its language head: so for families whose own code says so."""
     return theirs is transformers.AutoModel and getattr(source, "auto_model_has_head", False)
-
-
-def _checked_places(
-    empty: transformers.PreTrainedModel, source: Source, shapes: dict[str, tuple[int, ...]], *, strict: bool
-) -> dict[str, Place]:
-    if isinstance(source, QuantizedSource):  # shapes have input features last, whatever the module's way is
-        from fewbits.models.quantizable import quantizable_weights
-
-        by_name = quantizable_weights(empty)
-        shapes = {
-            name: shape[::-1]
-            if name in by_name and by_name[name].kind == "conv1d" and name in source.weights
-            else shape
-            for name, shape in shapes.items()
-        }
-    return check_tensors(empty, shapes, source.path, strict=strict)
 
 
 @contextmanager

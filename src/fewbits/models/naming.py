@@ -7,16 +7,19 @@ may hold in several tensors what the model keeps in one (each expert by itself).
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import transformers
 from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from fewbits.errors import FewbitsError
+from fewbits.models.quantizable import quantizable_weights
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,12 @@ def places(model: transformers.PreTrainedModel, names: Iterable[str]) -> dict[st
 
 
 def check_tensors(
-    model: transformers.PreTrainedModel, shapes: Mapping[str, tuple[int, ...]], path: object, *, strict: bool = True
+    model: transformers.PreTrainedModel,
+    shapes: Mapping[str, tuple[int, ...]],
+    path: object,
+    *,
+    strict: bool = True,
+    as_rows: Collection[str] = (),
 ) -> dict[str, Place]:
     """Check that a checkpoint has every tensor of a model, in the model's shape; return where each goes.
 
@@ -68,6 +76,7 @@ def check_tensors(
         shapes: Shape of each stored tensor by name; those that the model does not have are not looked at.
         path: The checkpoint, for the message.
         strict: False lets tensors be missing outside the base model, and poolers: a task's own head is trained anew.
+        as_rows: Names of those whose shapes have input features last, whatever the module's own way is.
 
     Raises:
         FewbitsError: If one is missing or has another shape.
@@ -91,13 +100,20 @@ def check_tensors(
             f"{path}: {len(missing)} tensors of the model are not in the checkpoint, such as {missing[0]}; "
             "download it again"
         )
+    weights = quantizable_weights(model)
+    together: dict[str, dict[str, Place]] = defaultdict(dict)
     order = {name: position for position, name in enumerate(wanted)}
     for name, place in sorted(found.items(), key=lambda item: order[item[1].parameter]):
-        if place.converter is None and shapes[name] != wanted[place.parameter]:
-            raise FewbitsError(
-                f"{path}: {name} has shape {list(shapes[name])}, the configuration wants "
-                f"{list(wanted[place.parameter])}; config.json and the weights are not of the same model"
-            )
+        weight = weights.get(place.parameter)
+        shape = wanted[place.parameter]
+        if weight is not None and name in as_rows:
+            shape = weight.rows(shape)
+        if place.converter is not None:
+            together[place.parameter][name] = place
+        elif shapes[name] != shape:
+            raise _wrong_shape(path, name, shapes[name], f"the configuration wants {list(shape)}")
+    for stored in together.values():
+        _check_conversion(stored, shapes, wanted, path, model.config)
     return found
 
 
@@ -112,10 +128,47 @@ def converted(stored: Mapping[str, Place], read: Callable[[str], Tensor], config
     first = next(iter(stored.values()))
     assert first.converter is not None, first
     converter = copy.deepcopy(first.converter)
-    for name, place in stored.items():
+    for name in sorted(stored, key=dot_natural_key):  # expert 10 comes after expert 9, wherever the file has it
+        place = stored[name]
         converter.add_tensor(place.parameter, name, place.pattern, lambda name=name: read(name))
     made = converter.convert(first.parameter, config=config)
     return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in made.items()}
+
+
+def _check_conversion(
+    stored: Mapping[str, Place],
+    shapes: Mapping[str, tuple[int, ...]],
+    wanted: Mapping[str, tuple[int, ...]],
+    path: object,
+    config: Any,
+) -> None:
+    """Check what a conversion would make, by running it on tensors that have shapes only."""
+    alike: dict[str | None, list[str]] = defaultdict(list)
+    for name, place in stored.items():
+        alike[place.pattern].append(name)
+    for names in alike.values():
+        usual, _ = Counter(shapes[name] for name in names).most_common(1)[0]
+        for name in names:
+            if shapes[name] != usual:
+                raise _wrong_shape(path, name, shapes[name], f"those beside it have {list(usual)}")
+    first = next(iter(stored.values())).parameter
+    parts = " and ".join(f"{len(names)} {pattern}" for pattern, names in alike.items())
+    try:
+        made = converted(stored, lambda name: torch.empty(shapes[name], device="meta"), config)
+    except Exception as error:  # whatever the conversion stumbles over
+        raise FewbitsError(f"{path}: {first} cannot be made of {parts}; download the checkpoint again") from error
+    for parameter, tensor in made.items():
+        if parameter in wanted and tuple(tensor.shape) != wanted[parameter]:
+            raise FewbitsError(
+                f"{path}: {parameter}, made of {parts}, has shape {list(tensor.shape)}, the configuration wants "
+                f"{list(wanted[parameter])}; config.json and the weights are not of the same model"
+            )
+
+
+def _wrong_shape(path: object, name: str, shape: tuple[int, ...], wanted: str) -> FewbitsError:
+    return FewbitsError(
+        f"{path}: {name} has shape {list(shape)}, {wanted}; config.json and the weights are not of the same model"
+    )
 
 
 def _new_in_a_task(model: transformers.PreTrainedModel) -> Callable[[str], bool]:
