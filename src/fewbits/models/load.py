@@ -20,6 +20,7 @@ import transformers
 from accelerate import init_empty_weights
 
 from fewbits.errors import FewbitsError
+from fewbits.models.allocation import tight_memory
 from fewbits.models.filling import Progress as Progress
 from fewbits.models.filling import plain_tensors, quantized_tensors
 from fewbits.models.manifest import fitted, make_manifest
@@ -199,7 +200,7 @@ class _Loading:
         config = copy.deepcopy(self.config)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
-        with _quiet(self.progress is not None or not sys.stderr.isatty()):
+        with tight_memory(), _quiet(self.progress is not None or not sys.stderr.isatty()):
             loaded = type(self.empty).from_pretrained(
                 None, *model_args, config=config, state_dict=tensors, dtype=self.dtype, **kwargs
             )
