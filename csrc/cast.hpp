@@ -7,6 +7,7 @@
 //   2  bfloat16 and float32 share exponents: decoding is one shift
 //   3  round to nearest: one shift for all normal lanes, and for the others a float addition that rounds in hardware
 //   4  results leave the cores by non-temporal stores where they are larger than the caches (stream_out)
+//   5  AVX-512: isa/cast_avx512.hpp
 //
 // The meaning is fewbits/tensors/codes.py, on doubles; this is bit-equal. Included once per instruction set.
 #pragma once

@@ -3,7 +3,8 @@
 //   1  decode, codes of at most 8 bits: all values have at most 8 significant bits, so a table holds their upper
 //      halves, 256 x 16 bits in eight registers: four look-ups of 64 entries, and bits 6 and 7 choose among the four
 //   2  fp16 both ways: an instruction; only NaN needs a hand. bf16 to nearest: two additions, and the upper half
-//   3  results go past the caches straight from the registers
+//   3  decoded values go past the caches straight from the registers
+//   4  stochastic rounding: shifts that differ by lane, where the plain loop computes in floats
 #pragma once
 
 #if defined(__GNUC__) && !defined(__clang__)
