@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fewbits.errors import FewbitsError
 from fewbits.models.naming import Place, converted
-from fewbits.models.precision import cast_weight
+from fewbits.models.precision import PRECISIONS, cast_weight
 from fewbits.models.quantizable import Weight, output_head, quantizable_weights
 from fewbits.models.quantized_source import QuantizedSource
 from fewbits.models.quantizer import Plan
@@ -123,7 +123,8 @@ def _maker(
 ) -> Callable[[], QuantizedTensor]:
     """What gives a weight as codes and scales, read or made."""
     source, precision = reader.source, plan.precision
-    ready = isinstance(source, QuantizedSource) and all(name in source.weights for name in stored)
+    wanted = PRECISIONS["int8"] if is_head else precision
+    ready = isinstance(source, QuantizedSource) and all(source.holds(name, wanted) for name in stored)
     name, place = next(iter(stored.items()))
 
     def read() -> QuantizedTensor:

@@ -225,7 +225,8 @@ class _Loading:
         present = {place.parameter for place in self.places.values()}
         if head is not None and head in present and head not in self.empty.all_tied_weights_keys:
             parameters.add(head)
-        return Plan(precision, frozenset(parameters), kept, self.dtype), nbytes
+        scales = self.source.scale_dtype if isinstance(self.source, QuantizedSource) else kept
+        return Plan(precision, frozenset(parameters), kept, self.dtype, scales), nbytes
 
     def _warn_of_what_is_left_out(self) -> None:
         left_out = [name for name in self.source.tensors if name not in self.places]

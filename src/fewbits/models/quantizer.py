@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,8 @@ from fewbits.models.layouts import compressed_tensors
 from fewbits.models.linear import QuantHead, QuantLinear, keep_compute_dtype
 from fewbits.models.precision import PRECISIONS, Precision
 from fewbits.models.quantizable import output_head, quantizable_weights
-from fewbits.tensors.quantized import quantize_weight
+from fewbits.tensors.quantized import QuantizedTensor, quantize_weight
+from fewbits.tensors.requantizable import requantizable
 
 _METHOD = "fewbits"  # lives in memory only: what is saved names a layout that others read too
 
@@ -29,14 +31,16 @@ class Plan:
     Attributes:
         precision: What its layers are quantized to, groups fitted.
         parameters: Names of the weights that are; the output head's may be among them, always in int8.
-        kept: 16- or 32-bit dtype of scales, and of what is stored beside quantized weights.
+        kept: 16- or 32-bit dtype of what is stored beside quantized weights.
         dtype: What is computed in between quantized layers.
+        scales: Dtype of the scales.
     """
 
     precision: Precision
     parameters: Collection[str]
     kept: torch.dtype
     dtype: torch.dtype
+    scales: torch.dtype
 
 
 @register_quantization_config(_METHOD)
@@ -77,11 +81,11 @@ class FewbitsQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is no
             if isinstance(module, QuantExperts):  # for another of its weights
                 continue
             if weight.kind == "experts":
-                replaced: nn.Module = QuantExperts(module, plan.precision, plan.kept)
+                replaced: nn.Module = QuantExperts(module, plan.precision, plan.scales)
             else:
                 kind = QuantHead if weight.parameter == head else QuantLinear
                 precision = PRECISIONS["int8"] if weight.parameter == head else plan.precision
-                replaced = kind.empty(weight.N, weight.K, module.bias is not None, precision, plan.kept)
+                replaced = kind.empty(weight.N, weight.K, module.bias is not None, precision, plan.scales)
             model.set_submodule(weight.module, replaced)
         for embedding in _tables(model):
             embedding.to(plan.kept)
@@ -94,7 +98,9 @@ class FewbitsQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is no
                 module.pack()
         linears = [name for name, module in model.named_modules() if type(module) is nn.Linear]
         head = output_head(model)
-        self.quantization_config.ignore = linears + ([head.removesuffix(".weight")] if _is_tied(model) and head else [])
+        if head is not None and (_is_tied(model) or self._is_written_as_values(model.get_output_embeddings())):
+            linears.append(head.removesuffix(".weight"))
+        self.quantization_config.ignore = linears
         model.requires_grad_(False)
 
     def get_state_dict_and_metadata(
@@ -108,12 +114,31 @@ class FewbitsQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is no
             owner = name.rpartition(".")[0]
             if _is_tied(model) and head is not None and owner == head.rpartition(".")[0]:
                 continue  # made of the embedding again when it is loaded
-            written[name] = tensor.to(plan.kept) if _is_plain(model, owner, tensor) else tensor
+            module, scales = model.get_submodule(owner), state.get(f"{name}_scale")
+            if isinstance(module, (QuantLinear, QuantExperts)) and scales is not None:
+                weight = QuantizedTensor(tensor, scales, module.format)
+                if self._is_written_as_values(module):
+                    written[name] = requantizable(weight, plan.kept)
+                else:
+                    written |= compressed_tensors.store(name, weight, plan.precision)
+            elif not isinstance(module, (QuantLinear, QuantExperts)) or not name.endswith("_scale"):
+                written[name] = tensor.to(plan.kept) if tensor.is_floating_point() else tensor
         return written, {}
 
     def is_serializable(self) -> bool:
         """Whether ``save_pretrained`` works: there is a layout that can say the precision."""
-        return self.plan.precision.name in compressed_tensors.WRITES
+        name = self.plan.precision.name
+        if name not in compressed_tensors.WRITES:
+            warnings.warn(
+                f"{name} has no layout that it could be saved in; load the original, and save that, or load it in one "
+                f"of {', '.join(compressed_tensors.WRITES)}",
+                stacklevel=3,
+            )
+        return name in compressed_tensors.WRITES
+
+    def _is_written_as_values(self, module: nn.Module) -> bool:
+        """Whether a layer is a head, in int8 as always, of a model whose other layers are not."""
+        return isinstance(module, QuantHead) and self.plan.precision.name != "int8"
 
     @property
     def is_trainable(self) -> bool:
@@ -136,11 +161,6 @@ def _tables(model: transformers.PreTrainedModel) -> list[nn.Module]:
 def _is_tied(model: transformers.PreTrainedModel) -> bool:
     head = output_head(model)
     return head is not None and getattr(model.get_output_embeddings(), "tied", False)
-
-
-def _is_plain(model: transformers.PreTrainedModel, owner: str, tensor: Tensor) -> bool:
-    module = model.get_submodule(owner)
-    return tensor.is_floating_point() and not isinstance(module, (QuantLinear, QuantExperts))
 
 
 def _quantize_tied_head(model: transformers.PreTrainedModel, kept: torch.dtype) -> None:
