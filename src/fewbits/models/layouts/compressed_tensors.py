@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from fewbits.models.layouts.compressed_schemes import schemes_of
-from fewbits.models.layouts.compressed_weight import CODES, PACKED, SCALE, SHAPE, stored_weight
+from fewbits.models.layouts.compressed_weight import CODES, PACKED, SCALE, SHAPE, ZERO_POINT, stored_weight
 from fewbits.models.layouts.packed_words import pack_words, words_in
 from fewbits.models.layouts.stored_weight import StoredWeight
 from fewbits.models.precision import PRECISIONS, Precision
@@ -129,6 +129,8 @@ def stored_weights(source: Source, config: dict[str, Any]) -> dict[str, StoredWe
     schemes = schemes_of(config, source.path)
     found = {}
     for tensor in source.tensors.values():
+        if tensor.name.endswith((SCALE, SHAPE, ZERO_POINT)):
+            continue
         of_packed = tensor.name.removesuffix(PACKED) if tensor.name.endswith(PACKED) else None
         name = of_packed or tensor.name
         scaled = f"{name}{SCALE}" in source.tensors
