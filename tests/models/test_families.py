@@ -1,4 +1,4 @@
-"""Every family that transformers carries: what is quantized, how far it is from its float self, saved and read again."""
+"""Every family that transformers carries: what is quantized, how far from its float self, saved and read again."""
 
 import copy
 import shutil

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fewbits.kernels.packing import pack_int8, unpack_int8
-from fewbits.models.linear import empty_codes, quantized_linear
+from fewbits.models.linear import CodesModule, empty_codes, quantized_linear
 from fewbits.models.precision import Precision
 from fewbits.tensors.quantized import CODE_DTYPES, QuantizedTensor, is_packed
 
@@ -29,7 +29,7 @@ def expert_weights(module: nn.Module) -> dict[str, nn.Parameter]:
     return named if "down_proj" in named and all(parameter.ndim == 3 for parameter in named.values()) else {}
 
 
-class QuantExperts(nn.Module):
+class QuantExperts(CodesModule):
     """Experts with quantized weights.
 
     ``state_dict`` holds for each fused weight its codes ``[E, N, K]`` (packed in pairs for 4 bits), and under
@@ -61,6 +61,14 @@ class QuantExperts(nn.Module):
                 setattr(self, name, torch.stack([pack_int8(expert) for expert in codes]))
                 setattr(self, f"{name}_scale", scales.flatten(1).float())
 
+    def unpack(self) -> None:
+        """Bring the codes into the layout of ``state_dict``, which other devices compute with too."""
+        for name in self._widths:
+            if getattr(self, name).ndim == 4:
+                stored = self._stored(name)
+                setattr(self, name, stored.codes)
+                setattr(self, f"{name}_scale", stored.scales)
+
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Let each token's experts work on it, and add up what they say.
 
@@ -70,7 +78,7 @@ class QuantExperts(nn.Module):
             top_k_weights: What each of them counts, ``[T, k]``.
         """
         result = torch.zeros_like(hidden_states)
-        for expert in top_k_index.unique().tolist():
+        for expert in torch.unique(top_k_index).tolist():
             if expert == self.num_experts:
                 continue
             token, place = torch.where(top_k_index == expert)
@@ -103,19 +111,21 @@ class QuantExperts(nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name in self._widths:
-            if getattr(self, name).ndim == 3:
-                destination[f"{prefix}{name}"] = destination[f"{prefix}{name}"].view(CODE_DTYPES[self.format])
-            else:
-                weights = [self.quantized_weight(name, expert) for expert in range(self.num_experts)]
-                destination[f"{prefix}{name}"] = torch.stack([weight.codes for weight in weights])
-                destination[f"{prefix}{name}_scale"] = torch.stack([weight.scales for weight in weights])
+            stored = self._stored(name)
+            destination[f"{prefix}{name}"] = stored.codes.view(torch.int8)
+            destination[f"{prefix}{name}_scale"] = stored.scales
+
+    def _stored(self, name: str) -> QuantizedTensor:
+        """All experts' weights as they are stored: codes ``[E, N, K]`` and scales ``[E, N, G]``."""
+        codes, scales = getattr(self, name), getattr(self, f"{name}_scale")
+        if codes.ndim == 3:
+            return QuantizedTensor(codes.view(CODE_DTYPES[self.format]), scales, self.format)
+        codes = torch.stack([unpack_int8(expert, *self._widths[name]) for expert in codes])
+        return QuantizedTensor(codes, scales[:, :, None].to(self._scale_dtype), self.format)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        self.unpack()  # as what comes
         for name in self._widths:
-            if getattr(self, name).ndim == 4:  # the codes come unpacked
-                weights = [self.quantized_weight(name, expert) for expert in range(self.num_experts)]
-                setattr(self, name, torch.stack([weight.codes for weight in weights]))
-                setattr(self, f"{name}_scale", torch.stack([weight.scales for weight in weights]))
             if (codes := state_dict.get(f"{prefix}{name}")) is not None:
                 state_dict = {**state_dict, f"{prefix}{name}": codes.view(torch.int8)}
         super()._load_from_state_dict(state_dict, prefix, *args)

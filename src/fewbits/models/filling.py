@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import EllipsisType
 
 import torch
@@ -40,6 +41,7 @@ class _Reader:
     def __init__(self, source: Source, progress: Progress | None) -> None:
         self.source, self._progress = source, progress
         self._done, self._total = 0, sum(tensor.nbytes for tensor in source.tensors.values())
+        self._told: set[str] = set()
         self._lock = threading.Lock()
 
     def read(self, name: str) -> Tensor:
@@ -55,6 +57,9 @@ class _Reader:
 
     def _tell(self, name: str) -> None:
         with self._lock:
+            if name in self._told:  # a tensor in two places is read twice
+                return
+            self._told.add(name)
             self._done += self.source.tensors[name].nbytes
             if self._progress is not None:
                 self._progress(self._done, self._total)
@@ -68,7 +73,7 @@ def plain_tensors(
     Reading one raises a FewbitsError if it holds a finite value beyond ``dtype``.
     """
     reader = _Reader(source, progress)
-    return {name: LazyTensor(lambda name=name: _checked(name, reader.read(name), dtype)) for name in places}
+    return {name: LazyTensor(partial(_read_checked, reader, name, dtype)) for name in places}
 
 
 def quantized_tensors(
@@ -89,12 +94,12 @@ def quantized_tensors(
         if place.parameter in plan.parameters:
             quantized[place.parameter][name] = place
         else:
-            tensors[name] = LazyTensor(lambda name=name: _kept(source, name, reader.read(name), plan.kept))
+            tensors[name] = LazyTensor(partial(_read_kept, reader, name, plan.kept))
     weights, head = quantizable_weights(empty), output_head(empty)
     for parameter, stored in quantized.items():
         make = _Once(_maker(reader, weights[parameter], stored, plan, empty, is_head=parameter == head))
-        tensors[parameter] = LazyTensor(lambda make=make: make.take("codes"))
-        tensors[f"{parameter}_scale"] = LazyTensor(lambda make=make: make.take("scales"))
+        tensors[parameter] = LazyTensor(partial(make.take, "codes"))
+        tensors[f"{parameter}_scale"] = LazyTensor(partial(make.take, "scales"))
     return tensors
 
 
@@ -108,7 +113,7 @@ class _Once:
     def take(self, part: str) -> Tensor:
         if not self._left:
             made = self._make()
-            self._left = {"codes": made.codes, "scales": made.scales}
+            self._left = {"codes": made.codes.view(torch.int8), "scales": made.scales}
         return self._left.pop(part)
 
 
@@ -159,12 +164,14 @@ def _quantize(
     return weight.view(*lead)
 
 
-def _kept(source: Source, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def _read_kept(reader: _Reader, name: str, dtype: torch.dtype) -> Tensor:
+    tensor = reader.read(name)
     return cast_weight(name, tensor, dtype) if tensor.is_floating_point() else tensor
 
 
-def _checked(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def _read_checked(reader: _Reader, name: str, dtype: torch.dtype) -> Tensor:
     """The tensor itself; transformers casts it, and to a wider dtype where the model wants one."""
+    tensor = reader.read(name)
     if tensor.is_floating_point() and tensor.dtype != dtype:
         cast_weight(name, tensor, dtype)
     return tensor

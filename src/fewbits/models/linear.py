@@ -5,6 +5,8 @@ Letters: M tokens, K input features, N output channels, G scales per channel.
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any, Self
 
 import torch
@@ -20,7 +22,36 @@ _E4M3FN_MAX = 448.0
 _SMALLEST = torch.finfo(torch.float32).tiny
 
 
-class QuantLinear(nn.Linear):
+class CodesModule(nn.Module):
+    """A module that holds codes and scales: ``to``, ``half`` and the like move them and leave their dtypes alone.
+
+    Their dtypes are part of what they mean; what is computed in between layers has the dtype of the layer's input.
+    """
+
+    @abstractmethod
+    def pack(self) -> None:
+        """Bring the codes into the layout that the kernels of their device read."""
+
+    @abstractmethod
+    def unpack(self) -> None:
+        """Bring the codes into the layout of ``state_dict``."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        own = (*self.named_buffers(recurse=False), *self.named_parameters(recurse=False))
+        before = {name: tensor.detach() for name, tensor in own}
+        super()._apply(fn, recurse)
+        for name, tensor in before.items():
+            now = getattr(self, name)
+            if now.dtype != tensor.dtype:
+                now.data = tensor.to(now.device)
+        if next(self.buffers(recurse=False)).device.type == "cpu":
+            self.pack()
+        else:
+            self.unpack()
+        return self
+
+
+class QuantLinear(CodesModule, nn.Linear):
     """``y = x Wᵀ + b`` with a quantized weight.
 
     What happens to x depends on the precision: int8 and fp8 quantize it too, with a scale per token; the others
@@ -28,7 +59,7 @@ class QuantLinear(nn.Linear):
     A token with NaN or Inf gives NaN for that token alone. The weight takes no gradient; x does, as if it had not been
     quantized (straight-through).
 
-    In memory ``weight`` is always int8, 8 bits of codes of whatever format, so that no one takes them for numbers.
+    ``weight`` is always int8, 8 bits of codes of whatever format, so that no one takes them for numbers.
     ``state_dict`` holds ``weight`` (codes, ``[N, K]`` or packed in pairs) and ``weight_scale`` ``[N, G]``, whatever the
     layout in memory is. On the CPU int8 codes lie in panels (``kernels.packing``) once ``pack`` has been called.
     """
@@ -68,6 +99,12 @@ class QuantLinear(nn.Linear):
             self.weight = pack_int8(self.weight)
             self.weight_scale = self.weight_scale.flatten().float()
 
+    def unpack(self) -> None:
+        """Bring the codes into the layout of ``state_dict``, which other devices compute with too."""
+        if self.packed:
+            stored = self.quantized_weight()
+            self.weight, self.weight_scale = stored.codes, stored.scales
+
     def forward(self, x: Tensor) -> Tensor:
         """Quantize each token if the precision says so, multiply, scale."""
         return quantized_linear(x, self.weight, self.weight_scale, self.bias, self.format, self.activations)
@@ -95,12 +132,11 @@ class QuantLinear(nn.Linear):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         stored = self.quantized_weight()
-        destination[f"{prefix}weight"], destination[f"{prefix}weight_scale"] = stored.codes, stored.scales
+        destination[f"{prefix}weight"] = stored.codes.view(torch.int8)
+        destination[f"{prefix}weight_scale"] = stored.scales
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        if self.packed:  # the codes come unpacked
-            stored = self.quantized_weight()
-            self.weight, self.weight_scale = stored.codes, stored.scales
+        self.unpack()  # as what comes
         if (codes := state_dict.get(f"{prefix}weight")) is not None:
             state_dict = {**state_dict, f"{prefix}weight": codes.view(torch.int8)}
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -112,7 +148,12 @@ class QuantHead(QuantLinear):
 
     Logits take the whole error of their layer, with no later layer to average it out. The second digit is free in a
     decode step, which waits for the weights.
+
+    Attributes:
+        tied: Whether it was made of the input embedding, so that it is not stored.
     """
+
+    tied: bool = False
 
     def forward(self, x: Tensor) -> Tensor:
         """Quantize each token, then what is left of it; multiply both in one pass over the weights."""
@@ -143,6 +184,11 @@ def quantized_linear(
         format_name: The format of the codes.
         activations: The format that x is quantized to, a scale per token; None: it is not.
     """
+    if codes.ndim == 2 and format_name == activations == "int8" and codes.device.type == "cpu":
+        codes, scales = (
+            pack_int8(codes.view(torch.int8)),
+            scales.flatten().float(),
+        )  # brought from elsewhere for a moment
     if codes.ndim == 3:
         return ops.int8_linear(x.float(), codes, scales, bias).to(x.dtype)
     codes = codes.view(CODE_DTYPES[format_name])
@@ -168,13 +214,13 @@ def _quantize_tokens(x: Tensor, format_name: str) -> tuple[Tensor, Tensor]:
 
 
 def keep_compute_dtype(embedding: nn.Module, dtype: torch.dtype) -> None:
-    """Let an embedding stay in 16 bits in memory while what it looks up enters the model in ``dtype``."""
-    embedding.register_forward_hook(_Cast(dtype))
+    """Let an embedding stay in 16 bits in memory while what it looks up enters the model in ``dtype``.
+
+    Where the model is brought to another dtype (``model.half()``), what is looked up goes with it.
+    """
+    embedding.register_buffer("_computed_in", torch.empty(0, dtype=dtype, device="cpu"), persistent=False)
+    embedding.register_forward_hook(_cast_looked_up)
 
 
-class _Cast:
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-
-    def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return output.to(self.dtype)
+def _cast_looked_up(embedding: nn.Module, args: tuple[Tensor, ...], looked_up: Tensor) -> Tensor:
+    return looked_up.to(embedding.get_buffer("_computed_in").dtype)

@@ -25,6 +25,7 @@ from fewbits.models.filling import Progress as Progress
 from fewbits.models.filling import plain_tensors, quantized_tensors
 from fewbits.models.manifest import fitted, make_manifest
 from fewbits.models.naming import check_tensors
+from fewbits.models.offload import check_device_map, errors_of_offloading, with_tied
 from fewbits.models.precision import TORCH_DTYPES, Precision, precision_named
 from fewbits.models.quantizable import output_head
 from fewbits.models.quantized_source import QuantizedSource, as_weights
@@ -184,6 +185,7 @@ class _Loading:
 
     def run(self, model_args: tuple[Any, ...], kwargs: dict[str, Any]) -> transformers.PreTrainedModel:
         """Build and fill the model."""
+        check_device_map(kwargs.get("device_map"))
         fits = kwargs.get("device_map") is None
         if self.precision is None or not self.quantized:
             if fits:
@@ -196,11 +198,14 @@ class _Loading:
                 _refuse_what_does_not_fit(self.source, nbytes)
             tensors = quantized_tensors(self.source, self.empty, self.places, plan, self.progress)
             kwargs["quantization_config"] = FewbitsConfig(plan)
+            kwargs.setdefault("offload_buffers", True)  # codes and scales are buffers
+        if kwargs.get("offload_folder") is not None:
+            tensors = with_tied(tensors, self.places, self.empty.all_tied_weights_keys)
         kwargs.setdefault("generation_config", self.source.generation_config())
         config = copy.deepcopy(self.config)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
-        with tight_memory(), _quiet(self.progress is not None or not sys.stderr.isatty()):
+        with tight_memory(), errors_of_offloading(), _quiet(self.progress is not None or not sys.stderr.isatty()):
             loaded = type(self.empty).from_pretrained(
                 None, *model_args, config=config, state_dict=tensors, dtype=self.dtype, **kwargs
             )
@@ -212,15 +217,16 @@ class _Loading:
     def _plan(self, precision: Precision) -> tuple[Plan, int]:
         """What is quantized, and the bytes of the model."""
         if isinstance(self.source, QuantizedSource):
-            parameters = {self.places[name].parameter for name in self.source.weights if name in self.places}
+            quantized = [name for name in self.source.weights if name in self.places]
             kept, nbytes = stored_dtype(self.source), self.source.size
         else:
             kept = nominal_dtype(self.source)
             precision = fitted(self.empty, precision)
             shapes = {name: tensor.shape for name, tensor in self.source.tensors.items()}
             manifest = make_manifest(self.empty, shapes, self.places, precision, dtype=kept, keep=self.keep)
-            parameters = {self.places[row.tensor].parameter for row in manifest if row.reason is None}
+            quantized = [row.tensor for row in manifest if row.reason is None]
             nbytes = sum(row.nbytes for row in manifest)
+        parameters = {parameter for name in quantized for parameter in self.places[name].parameters()}
         head = output_head(self.empty)
         present = {place.parameter for place in self.places.values()}
         if head is not None and head in present and head not in self.empty.all_tied_weights_keys:

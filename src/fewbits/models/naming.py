@@ -92,8 +92,8 @@ def check_tensors(
     ]
     if not found:
         raise FewbitsError(
-            f"{path}: none of its tensors is of a model of type {model.config.model_type!r}; config.json and the weights "
-            "are not of the same model"
+            f"{path}: none of its tensors is of a model of type {model.config.model_type!r}; config.json and the "
+            "weights are not of the same model"
         )
     if missing:
         raise FewbitsError(

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from fewbits.errors import FewbitsError
 from fewbits.models.experts import QuantExperts
 from fewbits.models.layouts import compressed_tensors
 from fewbits.models.linear import QuantHead, QuantLinear, keep_compute_dtype
+from fewbits.models.offload import placed_like, weight_of
 from fewbits.models.precision import PRECISIONS, Precision
 from fewbits.models.quantizable import output_head, quantizable_weights
-from fewbits.tensors.quantized import QuantizedTensor, quantize_weight
+from fewbits.tensors.quantized import CODE_DTYPES, QuantizedTensor, quantize_weight
 from fewbits.tensors.requantizable import requantizable
 
 _METHOD = "fewbits"  # lives in memory only: what is saved names a layout that others read too
@@ -86,6 +88,7 @@ class FewbitsQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is no
                 kind = QuantHead if weight.parameter == head else QuantLinear
                 precision = PRECISIONS["int8"] if weight.parameter == head else plan.precision
                 replaced = kind.empty(weight.N, weight.K, module.bias is not None, precision, plan.scales)
+            _mark_filled(replaced)
             model.set_submodule(weight.module, replaced)
         for embedding in _tables(model):
             embedding.to(plan.kept)
@@ -109,6 +112,8 @@ class FewbitsQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is no
         """What ``save_pretrained`` writes: codes and scales in the layout's terms, the rest as it was stored."""
         plan, head = self.plan, output_head(model)
         state: dict[str, Tensor] = model.state_dict()
+        if away := next((name for name, tensor in state.items() if tensor.is_meta), None):
+            raise FewbitsError(f"{away} is not in memory, so the model cannot be saved; load it without offloading")
         written: dict[str, Tensor] = {}
         for name, tensor in state.items():
             owner = name.rpartition(".")[0]
@@ -116,7 +121,7 @@ class FewbitsQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is no
                 continue  # made of the embedding again when it is loaded
             module, scales = model.get_submodule(owner), state.get(f"{name}_scale")
             if isinstance(module, (QuantLinear, QuantExperts)) and scales is not None:
-                weight = QuantizedTensor(tensor, scales, module.format)
+                weight = QuantizedTensor(tensor.view(CODE_DTYPES[module.format]), scales, module.format)
                 if self._is_written_as_values(module):
                     written[name] = requantizable(weight, plan.kept)
                 else:
@@ -146,6 +151,12 @@ class FewbitsQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is no
         return True
 
 
+def _mark_filled(module: nn.Module) -> None:
+    """Keep transformers from drawing random weights for what it has put on disk and does not find in memory."""
+    for each in (module, *module.buffers(recurse=False), *module.parameters(recurse=False)):
+        each._is_hf_initialized = True  # type: ignore[attr-defined]  # its own mark
+
+
 def _tables(model: transformers.PreTrainedModel) -> list[nn.Module]:
     """The input embedding, and those that are tied to it: large tables of which a step reads a row."""
     embedding = model.get_input_embeddings()
@@ -166,18 +177,13 @@ def _is_tied(model: transformers.PreTrainedModel) -> bool:
 def _quantize_tied_head(model: transformers.PreTrainedModel, kept: torch.dtype) -> None:
     """Give a tied output head 8-bit weights of its own: the embedding is looked up, but a decode step reads all of it.
 
-    A head that is not in memory (offloaded) stays as it is.
+    They are in memory, also where the embedding is offloaded.
     """
     name, head = output_head(model), model.get_output_embeddings()
-    if name is None or type(head) is not nn.Linear or head.weight.is_meta:
+    if name is None or type(head) is not nn.Linear or name not in model.all_tied_weights_keys:
         return
-    if name not in model.all_tied_weights_keys:
-        return
-    quantized = QuantHead(quantize_weight(head.weight.detach(), "int8", scale_dtype=kept), head.bias)
+    weight = weight_of(model, name, head.weight.detach())
+    quantized = QuantHead(quantize_weight(weight, "int8", scale_dtype=kept), head.bias)
     quantized.tied = True
-    if hasattr(head, "_hf_hook"):  # placed by accelerate
-        from accelerate.hooks import add_hook_to_module
-
-        add_hook_to_module(quantized, head._hf_hook)
-    model.set_submodule(name.removesuffix(".weight"), quantized)
+    model.set_submodule(name.removesuffix(".weight"), placed_like(quantized, head))
     model.all_tied_weights_keys = {key: to for key, to in model.all_tied_weights_keys.items() if key != name}
