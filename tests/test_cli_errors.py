@@ -213,8 +213,9 @@ def test_a_model_without_tokenizer(run_cli: Callable, model: Path, tmp_path: Pat
     for file in model.glob("tokenizer*"):
         file.unlink()
     assert_refused(run_cli("generate", model, "hello"), model, "tokenizer")
-    assert_refused(run_cli("convert", model, tmp_path / "out"), model, "tokenizer")
-    assert not (tmp_path / "out").exists()
+    assert_refused(run_cli("convert", model, tmp_path / "out.gguf", "--layout", "gguf"), model, "tokenizer")
+    assert run_cli("convert", model, tmp_path / "out").code == 0, "weights can be converted without one"
+    assert not list((tmp_path / "out").glob("tokenizer*"))
 
 
 def test_an_output_folder_that_is_not_ours(run_cli: Callable, tiny: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ stdout; errors and progress go to stderr, an error as one line.
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -19,7 +20,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from fewbits.errors import FewbitsError
+from fewbits.errors import FewbitsError, OverflowWarning
 
 _INTERRUPTED = 130  # the exit code after Ctrl-C: 128 + SIGINT
 MODEL = "A Hub id, a folder, or a .gguf file."
@@ -81,16 +82,24 @@ def show(
 @app.command()
 def convert(
     model: Annotated[str, typer.Argument(help=MODEL)],
-    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write; of --layout gguf, the file.")],
     to: Annotated[
-        str, typer.Option(help="int8 (8-bit weights and activations), or a cast: bf16, fp16, fp32.")
+        str, typer.Option(help="int8 (weights and activations), int8-weight, int4, fp8; or a cast: bf16, fp16, fp32.")
     ] = "int8",
-    layout: Annotated[str, typer.Option(help="How it is written.")] = "compressed-tensors",
+    layout: Annotated[
+        str, typer.Option(help="How it is written: compressed-tensors, bitsandbytes or gguf.")
+    ] = "compressed-tensors",
     keep: Annotated[list[str] | None, typer.Option(help="Modules not to quantize, * matches anything.")] = None,
     overflow: Annotated[
         str | None,
-        typer.Option(help="Beyond a cast's range: saturate or ieee (Inf); without it, such a model is refused."),
+        typer.Option(help="Beyond a cast's range: saturate or ieee (Inf); without it, the format's own rule."),
     ] = None,
+    allow_nonfinite: Annotated[
+        bool, typer.Option("--allow-nonfinite", help="Write the source's NaN and Inf as they are.")
+    ] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the model's own code, where transformers needs it.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that is there.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write the manifest here.")] = None,
@@ -102,10 +111,12 @@ def convert(
     _refuse_unwritable(json)
     console = Console()
     try:
-        with _progress("converting", in_bytes=True) as step:
+        with _progress("converting", in_bytes=True) as step, warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always", OverflowWarning)
             done = run(
-                model, out, to, layout=layout, keep=keep or (), overflow=overflow, overwrite=overwrite,
-                revision=revision, progress=step, on_manifest=lambda rows: console.print(manifest_table(rows)),
+                model, out, to, layout=layout, keep=keep or (), overflow=overflow, allow_nonfinite=allow_nonfinite,
+                overwrite=overwrite, revision=revision, trust_remote_code=trust_remote_code, progress=step,
+                on_manifest=lambda rows: console.print(manifest_table(rows)),
             )  # fmt: skip
     except KeyboardInterrupt as stop:  # here, since Typer does not pass on what it says
         _fail("; ".join(["interrupted", *getattr(stop, "__notes__", ())]), _INTERRUPTED)
@@ -115,7 +126,10 @@ def convert(
                            "casts": [asdict(cast) for cast in done.casts]})  # fmt: skip
     if done.casts:
         console.print(cast_table(done.casts))
-    _warn_of_overflow({cast.tensor: cast.overflowed for cast in done.casts if cast.overflowed}, to, overflow)
+    for warning in told:
+        _to_stderr("WARNING:", str(warning.message), style="bold red")
+    if done.rounding is not None:
+        typer.echo(f"note: {done.rounding}")
     typer.echo(f"wrote {done.path}: {to}, {human_bytes(done.nbytes)} of weights")
 
 
@@ -230,13 +244,6 @@ def main() -> NoReturn:
     except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted", _INTERRUPTED)
     sys.exit(0)
-
-
-def _warn_of_overflow(overflowed: dict[str, int], to: str, rule: str | None) -> None:
-    if overflowed:
-        names = ", ".join(f"{name} ({count:,})" for name, count in overflowed.items())
-        became = f"{sum(overflowed.values()):,} values are beyond {to} and were cast by the rule {rule!r}"
-        _to_stderr("WARNING:", f"{became}; the model may not work: {names}", style="bold red")
 
 
 def _to_stderr(*words: str, style: str | None = None) -> None:

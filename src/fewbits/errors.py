@@ -6,3 +6,7 @@ A message names the thing, its value, the limit and the remedy, on one line: the
 
 class FewbitsError(ValueError):
     """Bad input: a path, a file, a name or a tensor that fewbits cannot use. The message says what to do."""
+
+
+class OverflowWarning(UserWarning):
+    """Values of a model are beyond the format that it was cast to; the message names the tensors."""

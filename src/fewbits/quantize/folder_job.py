@@ -1,0 +1,149 @@
+"""Write a converted model as a folder: configuration, tensors one after the other, in a layout of folders.
+
+Never more than one tensor is held, in the source's precision and in the new one.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import ModuleType
+
+import torch
+import transformers
+from torch import Tensor
+
+from fewbits.errors import FewbitsError
+from fewbits.models.filling import Progress
+from fewbits.models.manifest import ManifestRow
+from fewbits.models.precision import Precision, cast_weight
+from fewbits.models.quantizable import Weight
+from fewbits.models.quantized_source import QuantizedSource
+from fewbits.models.resumable import Resumable
+from fewbits.models.safetensors_writer import SafetensorsWriter
+from fewbits.models.source import Source
+from fewbits.tensors.cast_report import CastReport, cast_and_report
+from fewbits.tensors.quantized import QuantizedTensor, quantize_weight
+
+
+@dataclass(frozen=True)
+class FolderJob:
+    """A folder to write: what goes into it, and how.
+
+    Attributes:
+        source: The model.
+        layout: How quantized weights are stored: a module as ``FOLDER_LAYOUTS`` has them.
+        precision: What they become, groups fitted.
+        dtype: What the rest is stored in, and the scales.
+        manifest: What happens to each tensor.
+        weights: Of each tensor that is a quantizable weight, what it is.
+        overflow: What a cast does with values beyond the format; None: the format's own rule.
+        allow_nonfinite: Whether NaN and Inf may be written where the source has them.
+    """
+
+    source: Source
+    layout: ModuleType
+    precision: Precision
+    dtype: torch.dtype
+    manifest: Sequence[ManifestRow]
+    weights: Mapping[str, Weight]
+    overflow: str | None
+    allow_nonfinite: bool
+
+    def write_config(self, model: transformers.PreTrainedModel, folder: Path) -> None:
+        """Write what transformers reads before it reads weights."""
+        config = copy.deepcopy(self.source.config)
+        config.dtype = self.dtype
+        config.architectures = config.architectures or [type(model).__name__]
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        if not self.precision.cast:
+            quantized = {self.weights[row.tensor].module for row in self.manifest if row.reason is None}
+            linears = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+            ignore = [name for name in linears if name not in quantized]
+            config.quantization_config = self.layout.quantization_config(self.precision, ignore)
+        config.save_pretrained(folder)
+        generation_config = self.source.generation_config()
+        if generation_config is not None:
+            generation_config.save_pretrained(folder)
+
+    def write_tensors(self, path: Path, progress: Progress | None) -> list[CastReport]:
+        """Write tensor by tensor; return what a cast did to each."""
+        casts: list[CastReport] = []
+        done, total = 0, sum(row.nbytes for row in self.manifest)
+        tensors = ((name, *what) for name, what in self._declared().items())
+        with Resumable(path.parent) as record, SafetensorsWriter(path, tensors, record) as writer:
+            for row in self.manifest:
+                done += row.nbytes
+                if record.done(row.tensor):
+                    casts += [CastReport(**report) for report in record.extra(row.tensor)]
+                    continue
+                report = self._write(writer, row)
+                casts += report
+                record.record(row.tensor, [asdict(cast) for cast in report])
+                if progress is not None:
+                    progress(done, total)
+        return casts
+
+    def _write(self, writer: SafetensorsWriter, row: ManifestRow) -> list[CastReport]:
+        """Write one tensor; return what a cast did to it."""
+        if self.precision.cast:
+            values, report = cast_and_report(row.tensor, self._finite(row), self.precision.name, self.overflow)
+            writer.write(row.tensor, values)
+            return [report]
+        if row.reason is not None:
+            writer.write(row.tensor, cast_weight(row.tensor, self._finite(row), self.dtype))
+        else:
+            for name, stored in self.layout.store(row.tensor, self._quantized(row)).items():
+                writer.write(name, stored)
+        return []
+
+    def _finite(self, row: ManifestRow) -> Tensor:
+        """A tensor that is not quantized."""
+        tensor = self.source.read(row.tensor)
+        if not tensor.is_floating_point():
+            raise FewbitsError(
+                f"{row.tensor} is {tensor.dtype}, no floats; it cannot be cast: remove it"
+            )
+        if self.allow_nonfinite or tensor.numel() == 0 or all(end.isfinite() for end in tensor.aminmax()):
+            return tensor
+        count = int((~tensor.isfinite()).sum())
+        raise FewbitsError(
+            f"{row.tensor}: {count} of {tensor.numel()} values are NaN or Inf; repair the checkpoint, or pass "
+            "allow_nonfinite (--allow-nonfinite) to write them as they are"
+        )
+
+    def _declared(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        declared: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        for row in self.manifest:
+            if self.precision.cast or row.reason is not None:
+                declared[row.tensor] = (self.dtype, row.shape)
+            else:
+                shape = self._rows(row)
+                declared |= self.layout.entries(row.tensor, shape, self.precision, self.dtype)
+        return declared
+
+    def _rows(self, row: ManifestRow) -> tuple[int, ...]:
+        """The shape of a quantized weight, input features last."""
+        return row.shape if self._is_quantized(row.tensor) else self.weights[row.tensor].rows(row.shape)
+
+    def _is_quantized(self, name: str) -> bool:
+        return isinstance(self.source, QuantizedSource) and name in self.source.weights
+
+    def _quantized(self, row: ManifestRow) -> QuantizedTensor:
+        weights, group = self.precision.weights, self.precision.group_size
+        if isinstance(self.source, QuantizedSource) and row.tensor in self.source.weights:
+            stored = self.source.precision
+            if (stored.weights, stored.group_size) == (weights, group):
+                return self.source.read_quantized(row.tensor)
+            rows = self.source.read(row.tensor)
+        else:
+            rows = self.weights[row.tensor].as_rows(self.source.read(row.tensor))
+        *lead, K = rows.shape
+        try:
+            made = quantize_weight(rows.reshape(-1, K), weights.name, group_size=group, scale_dtype=self.dtype)
+        except FewbitsError as error:
+            raise FewbitsError(f"{row.tensor}: {error}") from None
+        return made.view(*lead)
