@@ -31,6 +31,7 @@ def convert_to_gguf(
     if out.suffix != ".gguf":
         raise FewbitsError(f"{out}: the layout gguf is one file; name it so: {out}.gguf")
     rows = gguf.plan(source, to)
+    source.tokenizer()  # its vocabulary belongs in the file: one that lacks it is refused before any work
     manifest = [
         ManifestRow(
             (row.tensor or row.name).removesuffix(".weight"), row.tensor or row.name, row.shape, row.type.name.lower(),
