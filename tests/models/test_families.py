@@ -121,6 +121,27 @@ def test_converted_it_is_the_same(saved: Saved, in_int8: Callable, tmp_path: Pat
     assert torch.equal(output(name, again), output(name, in_int8(name)))
 
 
+@pytest.mark.parametrize("precision", ["int8-weight", "int4", "fp8"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
+def test_other_precisions_saved_and_converted(saved: Saved, tmp_path: Path, name: str, precision: str) -> None:
+    load = FAMILIES[name].ours.from_pretrained
+    model = load(saved(name), precision=precision)
+    model.save_pretrained(tmp_path / "saved")
+    assert torch.equal(output(name, load(tmp_path / "saved")), output(name, model))
+    fewbits.convert(saved(name), tmp_path / "converted", precision)
+    assert torch.equal(output(name, load(tmp_path / "converted")), output(name, model))
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_what_is_stored_in_one_is_kept_in_one(saved: Saved, tmp_path: Path, precision: str) -> None:
+    keep = ["layers.0.self_attn.k_proj"]  # the checkpoint has it in `Wqkv`, with two others
+    model = fewbits.AutoModel.from_pretrained(saved("nomic-bert"), precision=precision, keep=keep)
+    others = {f"layers.0.self_attn.{leaf}_proj" for leaf in "qkv"}
+    assert {path for path, _ in quantized(model)} == FAMILIES["nomic-bert"].quantized - others
+    folder = fewbits.convert(saved("nomic-bert"), tmp_path / "out", precision, keep=keep).path
+    assert torch.equal(output("nomic-bert", fewbits.AutoModel.from_pretrained(folder)), output("nomic-bert", model))
+
+
 # --- names of other times and places ------------------------------------------------------------------------------
 
 

@@ -117,6 +117,14 @@ FAMILIES = {
         task="ForSeq2SeqLM",
     ),
     "bert": Family("bert", _SIZES, {"encoder.layer.{}": _BERT}, others=("pooler.dense",), task=""),
+    "nomic-bert": Family(
+        "nomic_bert",
+        _SIZES,
+        {"layers.{}": _LLAMA},
+        others=(),
+        task="",
+    ),
+    "gte": Family("gte", _SIZES, {"layers.{}": _LLAMA}, others=(), task=""),
     "bert-classifier": Family(
         "bert",
         _SIZES,

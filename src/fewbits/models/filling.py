@@ -13,9 +13,9 @@ import transformers
 from torch import Tensor
 
 from fewbits.errors import FewbitsError
-from fewbits.models.naming import Place, converted
+from fewbits.models.naming import Place, conversion_keeps_rows, converted
 from fewbits.models.precision import PRECISIONS, cast_weight
-from fewbits.models.quantizable import Weight, output_head, quantizable_weights
+from fewbits.models.quantizable import output_head, quantizable_weights
 from fewbits.models.quantized_source import QuantizedSource
 from fewbits.models.quantizer import Plan
 from fewbits.models.source import Source
@@ -88,69 +88,75 @@ def quantized_tensors(
     What is not quantized is rounded as in a converted folder: both give the same model.
     """
     reader = _Reader(source, progress)
-    quantized: dict[str, dict[str, Place]] = defaultdict(dict)
+    together: dict[str, dict[str, Place]] = defaultdict(dict)
     tensors: dict[str, LazyTensor] = {}
     for name, place in places.items():
-        if place.parameter in plan.parameters:
-            quantized[place.parameter][name] = place
-        else:
+        if plan.parameters.isdisjoint(place.parameters()):
             tensors[name] = LazyTensor(partial(_read_kept, reader, name, plan.kept))
-    weights, head = quantizable_weights(empty), output_head(empty)
-    for parameter, stored in quantized.items():
-        make = _Once(_maker(reader, weights[parameter], stored, plan, empty, is_head=parameter == head))
-        tensors[parameter] = LazyTensor(partial(make.take, "codes"))
-        tensors[f"{parameter}_scale"] = LazyTensor(partial(make.take, "scales"))
+        else:
+            together[place.parameter][name] = place
+    maker = _Maker(reader, plan, empty)
+    for stored in together.values():
+        made = _Once(partial(maker.make, stored))
+        for parameter in next(iter(stored.values())).parameters():
+            for name in (parameter, f"{parameter}_scale"):
+                tensors[name] = LazyTensor(partial(made.take, name))
     return tensors
 
 
 class _Once:
-    """Makes a weight when one of its two tensors is first asked for, and forgets it when it has given both."""
+    """Makes tensors when one of them is first asked for, and forgets each when it has given it."""
 
-    def __init__(self, make: Callable[[], QuantizedTensor]) -> None:
+    def __init__(self, make: Callable[[], dict[str, Tensor]]) -> None:
         self._make = make
         self._left: dict[str, Tensor] = {}
 
-    def take(self, part: str) -> Tensor:
+    def take(self, name: str) -> Tensor:
         if not self._left:
-            made = self._make()
-            self._left = {"codes": made.codes.view(torch.int8), "scales": made.scales}
-        return self._left.pop(part)
+            self._left = self._make()
+        return self._left.pop(name)
 
 
-def _maker(
-    reader: _Reader,
-    weight: Weight,
-    stored: Mapping[str, Place],
-    plan: Plan,
-    empty: transformers.PreTrainedModel,
-    *,
-    is_head: bool,
-) -> Callable[[], QuantizedTensor]:
-    """What gives a weight as codes and scales, read or made."""
-    source, precision = reader.source, plan.precision
-    wanted = PRECISIONS["int8"] if is_head else precision
-    ready = isinstance(source, QuantizedSource) and all(source.holds(name, wanted) for name in stored)
-    name, place = next(iter(stored.items()))
+class _Maker:
+    """Makes quantized weights of what is stored."""
 
-    def read() -> QuantizedTensor:
+    def __init__(self, reader: _Reader, plan: Plan, empty: transformers.PreTrainedModel) -> None:
+        self._reader, self._plan, self._empty = reader, plan, empty
+        self._weights, self._head = quantizable_weights(empty), output_head(empty)
+
+    def make(self, stored: Mapping[str, Place]) -> dict[str, Tensor]:
+        """Codes and scales, by the model's names, of the weights that these stored tensors make together."""
+        name, place = next(iter(stored.items()))
         if place.converter is None:
-            return reader.read_quantized(name)
-        parts = {each: reader.read_quantized(each) for each in stored}
-        codes = converted(stored, lambda each: parts[each].codes, empty.config)[weight.parameter]
-        scales = converted(stored, lambda each: parts[each].scales, empty.config)[weight.parameter]
-        return QuantizedTensor(codes, scales, precision.weights.name)
-
-    def make() -> QuantizedTensor:
-        if place.converter is None:
-            tensor = reader.read(name)
+            made = {place.parameter: self._one(name, place.parameter)}
+        elif conversion_keeps_rows(place.converter):  # then each part is quantized by itself: one at a time is held
+            parts = {each: self._one(each, part.parameter) for each, part in stored.items()}
+            codes = converted(stored, lambda each: parts[each].codes.view(torch.int8), self._empty)
+            scales = converted(stored, lambda each: parts[each].scales, self._empty)
+            made = {each: QuantizedTensor(codes[each], scales[each], parts[name].format) for each in codes}
         else:
-            tensor = converted(stored, reader.read, empty.config)[weight.parameter]
-        if is_head:  # from the numbers that a converted folder holds
-            return _quantize(source, name, cast_weight(name, tensor, plan.kept), "int8", None, plan.kept)
-        rows = weight.as_rows(tensor)
-        return _quantize(source, name, rows, precision.weights.name, precision.group_size, plan.kept)
+            values = converted(stored, self._reader.read, self._empty)
+            made = {each: self._quantized(each, each, values[each]) for each in values}
+        return {
+            each: tensor
+            for parameter, weight in made.items()
+            for each, tensor in ((parameter, weight.codes.view(torch.int8)), (f"{parameter}_scale", weight.scales))
+        }
 
-    return read if ready else make
+    def _one(self, name: str, parameter: str) -> QuantizedTensor:
+        """A stored tensor as it is, if it has codes of this kind, or quantized."""
+        source = self._reader.source
+        wanted = PRECISIONS["int8"] if parameter == self._head else self._plan.precision
+        if isinstance(source, QuantizedSource) and source.holds(name, wanted):
+            return self._reader.read_quantized(name)
+        return self._quantized(name, parameter, self._reader.read(name))
+
+    def _quantized(self, name: str, parameter: str, tensor: Tensor) -> QuantizedTensor:
+        source, kept, precision = self._reader.source, self._plan.kept, self._plan.precision
+        if parameter == self._head:  # from the numbers that a converted folder holds
+            return _quantize(source, name, cast_weight(name, tensor, kept), "int8", None, kept)
+        rows = self._weights[parameter].as_rows(tensor)
+        return _quantize(source, name, rows, precision.weights.name, precision.group_size, kept)
 
 
 def _quantize(

@@ -39,7 +39,7 @@ class CodesModule(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         own = (*self.named_buffers(recurse=False), *self.named_parameters(recurse=False))
         before = {name: tensor.detach() for name, tensor in own}
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, tensor in before.items():
             now = getattr(self, name)
             if now.dtype != tensor.dtype:

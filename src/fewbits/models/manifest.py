@@ -73,7 +73,9 @@ def make_manifest(
         module = owner if leaf == "weight" else tensor
         parameter = places[tensor].parameter if tensor in places else None
         weight = weights.get(parameter or "")
-        reason = None if precision.cast else _why_kept(model, tensor, parameter, weight, head, precision, keep)
+        others = [weights[each].module for each in places[tensor].parameters() if each in weights] if weight else []
+        names = (tensor.removesuffix(".weight"), *others)
+        reason = None if precision.cast else _why_kept(model, names, parameter, weight, head, precision, keep)
         if precision.cast or reason or weight is None:
             nbytes = math.prod(shape) * dtype.itemsize
             rows.append(ManifestRow(module, tensor, shape, _format_of(dtype), nbytes, reason))
@@ -103,7 +105,7 @@ def _check_patterns(keep: Iterable[str], layers: Sequence[str]) -> None:
 
 def _why_kept(
     model: transformers.PreTrainedModel,
-    tensor: str,
+    names: Sequence[str],
     parameter: str | None,
     weight: Weight | None,
     head: str | None,
@@ -117,7 +119,6 @@ def _why_kept(
         return "bias" if leaf == "bias" else f"{type(model.get_submodule(owner)).__name__}, not a linear layer"
     if parameter == head:
         return "output head: readers of this layout expect 16 bits"
-    names = (weight.module, tensor.removesuffix(".weight"))
     pattern = next((pattern for pattern in keep if any(fnmatchcase(name, pattern) for name in names)), None)
     if pattern:
         return f"kept by {pattern!r}"

@@ -10,13 +10,19 @@ import copy
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
-
 import torch
 import transformers
 from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers.core_model_loading import (
+    Chunk,
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
 
 from fewbits.errors import FewbitsError
 from fewbits.models.quantizable import quantizable_weights
@@ -113,17 +119,19 @@ def check_tensors(
         elif shapes[name] != shape:
             raise _wrong_shape(path, name, shapes[name], f"the configuration wants {list(shape)}")
     for stored in together.values():
-        _check_conversion(stored, shapes, wanted, path, model.config)
+        _check_conversion(stored, shapes, wanted, path, model)
     return found
 
 
-def converted(stored: Mapping[str, Place], read: Callable[[str], Tensor], config: Any) -> dict[str, Tensor]:
+def converted(
+    stored: Mapping[str, Place], read: Callable[[str], Tensor], model: transformers.PreTrainedModel
+) -> dict[str, Tensor]:
     """Run the conversion that these stored tensors go through together; return what it makes, by parameter.
 
     Args:
         stored: All stored tensors of one conversion, by name, with their places.
         read: Gives a stored tensor.
-        config: The model's configuration.
+        model: The model; it may be on the meta device.
     """
     first = next(iter(stored.values()))
     assert first.converter is not None, first
@@ -131,8 +139,19 @@ def converted(stored: Mapping[str, Place], read: Callable[[str], Tensor], config
     for name in sorted(stored, key=dot_natural_key):  # expert 10 comes after expert 9, wherever the file has it
         place = stored[name]
         converter.add_tensor(place.parameter, name, place.pattern, lambda name=name: read(name))
-    made = converter.convert(first.parameter, config=config)
+    made = converter.convert(first.parameter, model=model, config=model.config)
     return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in made.items()}
+
+
+def conversion_keeps_rows(converter: WeightConverter) -> bool:
+    """Whether a conversion of 2-D tensors only stacks, joins or splits rows, so that it can be done to codes as well."""
+    stacked = 0
+    for operation in converter.operations:
+        if isinstance(operation, MergeModulelist) and operation.dim == 0:
+            stacked = 1
+        elif not (isinstance(operation, (Chunk, Concatenate)) and operation.dim in (0, stacked)):
+            return False
+    return True
 
 
 def _check_conversion(
@@ -140,7 +159,7 @@ def _check_conversion(
     shapes: Mapping[str, tuple[int, ...]],
     wanted: Mapping[str, tuple[int, ...]],
     path: object,
-    config: Any,
+    model: transformers.PreTrainedModel,
 ) -> None:
     """Check what a conversion would make, by running it on tensors that have shapes only."""
     alike: dict[str | None, list[str]] = defaultdict(list)
@@ -154,7 +173,7 @@ def _check_conversion(
     first = next(iter(stored.values())).parameter
     parts = " and ".join(f"{len(names)} {pattern}" for pattern, names in alike.items())
     try:
-        made = converted(stored, lambda name: torch.empty(shapes[name], device="meta"), config)
+        made = converted(stored, lambda name: torch.empty(shapes[name], device="meta"), model)
     except Exception as error:  # whatever the conversion stumbles over
         raise FewbitsError(f"{path}: {first} cannot be made of {parts}; download the checkpoint again") from error
     for parameter, tensor in made.items():

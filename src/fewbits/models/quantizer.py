@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +38,7 @@ class Plan:
     """
 
     precision: Precision
-    parameters: Collection[str]
+    parameters: frozenset[str]
     kept: torch.dtype
     dtype: torch.dtype
     scales: torch.dtype

@@ -185,7 +185,7 @@ def _encode(scaled: Tensor, format_name: str) -> Tensor:
         return pack_codes(torch.round(scaled).clamp_(*_CODE_RANGE["int4"]).to(torch.int8).view(torch.uint8) & 15)
     values = _codebook(format_name, scaled.device)
     middles = (values[1:] + values[:-1]) / 2
-    return pack_codes(torch.bucketize(scaled, middles).to(torch.uint8))
+    return pack_codes(torch.bucketize(scaled.contiguous(), middles).to(torch.uint8))
 
 
 def _round_up(positive: Tensor, dtype: torch.dtype) -> Tensor:
