@@ -1,15 +1,19 @@
 """Write a converted model as a folder: configuration, tensors one after the other, in a layout of folders.
 
-Never more than one tensor is held, in the source's precision and in the new one.
+While one tensor is written the next one is made. No more than these two are held at a time.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import TypeVar
 
 import torch
 import transformers
@@ -26,6 +30,8 @@ from fewbits.models.safetensors_writer import SafetensorsWriter
 from fewbits.models.source import Source
 from fewbits.tensors.cast_report import CastReport, cast_and_report
 from fewbits.tensors.quantized import QuantizedTensor, quantize_weight
+
+_Item, _Made = TypeVar("_Item"), TypeVar("_Made")
 
 
 @dataclass(frozen=True)
@@ -73,40 +79,40 @@ class FolderJob:
         """Write tensor by tensor; return what a cast did to each."""
         casts: list[CastReport] = []
         done, total = 0, sum(row.nbytes for row in self.manifest)
-        tensors = ((name, *what) for name, what in self._declared().items())
-        with Resumable(path.parent) as record, SafetensorsWriter(path, tensors, record) as writer:
+        declared = ((name, *what) for name, what in self._declared().items())
+        with (
+            Resumable(path.parent) as record,
+            SafetensorsWriter(path, declared, record) as writer,
+            closing(_one_ahead(self._made, [row for row in self.manifest if not record.done(row.tensor)])) as made,
+        ):
             for row in self.manifest:
                 done += row.nbytes
                 if record.done(row.tensor):
                     casts += [CastReport(**report) for report in record.extra(row.tensor)]
                     continue
-                report = self._write(writer, row)
+                tensors, report = next(made)
+                for name, tensor in tensors.items():
+                    writer.write(name, tensor)
                 casts += report
                 record.record(row.tensor, [asdict(cast) for cast in report])
                 if progress is not None:
                     progress(done, total)
         return casts
 
-    def _write(self, writer: SafetensorsWriter, row: ManifestRow) -> list[CastReport]:
-        """Write one tensor; return what a cast did to it."""
+    def _made(self, row: ManifestRow) -> tuple[dict[str, Tensor], list[CastReport]]:
+        """What is stored for one tensor, and what a cast did to it."""
         if self.precision.cast:
             values, report = cast_and_report(row.tensor, self._finite(row), self.precision.name, self.overflow)
-            writer.write(row.tensor, values)
-            return [report]
+            return {row.tensor: values}, [report]
         if row.reason is not None:
-            writer.write(row.tensor, cast_weight(row.tensor, self._finite(row), self.dtype))
-        else:
-            for name, stored in self.layout.store(row.tensor, self._quantized(row)).items():
-                writer.write(name, stored)
-        return []
+            return {row.tensor: cast_weight(row.tensor, self._finite(row), self.dtype)}, []
+        return self.layout.store(row.tensor, self._quantized(row)), []
 
     def _finite(self, row: ManifestRow) -> Tensor:
         """A tensor that is not quantized."""
         tensor = self.source.read(row.tensor)
         if not tensor.is_floating_point():
-            raise FewbitsError(
-                f"{row.tensor} is {tensor.dtype}, no floats; it cannot be cast: remove it"
-            )
+            raise FewbitsError(f"{row.tensor} is {tensor.dtype}, no floats; it cannot be cast: remove it")
         if self.allow_nonfinite or tensor.numel() == 0 or all(end.isfinite() for end in tensor.aminmax()):
             return tensor
         count = int((~tensor.isfinite()).sum())
@@ -147,3 +153,15 @@ class FolderJob:
         except FewbitsError as error:
             raise FewbitsError(f"{row.tensor}: {error}") from None
         return made.view(*lead)
+
+
+def _one_ahead(make: Callable[[_Item], _Made], items: Sequence[_Item]) -> Generator[_Made]:
+    """Make each item in a thread of its own, while the one before it is in use."""
+    with ThreadPoolExecutor(1) as thread:
+        coming: deque[Future[_Made]] = deque()
+        for item in items:
+            coming.append(thread.submit(make, item))
+            if len(coming) > 1:
+                yield coming.popleft().result()
+        if coming:
+            yield coming.popleft().result()
