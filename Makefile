@@ -11,7 +11,7 @@ INT8   := build/smollm2-int8
 BF16   := build/smollm2-bf16
 SOURCES := $(shell find src csrc -name '*.py' -o -name '*.cpp' -o -name '*.hpp')
 
-.PHONY: help demo test lint format bench certify clean
+.PHONY: help demo test lint format bench bench-peers interop certify clean
 .DELETE_ON_ERROR:
 
 help:
@@ -45,6 +45,13 @@ bench: build/peers/made $(INT8)/config.json $(BF16)/config.json
 	PYTHONPATH=build/peers $(BIN)/python benchmarks/bench_generate.py $(BF16) $(INT8) --json build/bench_generate.json
 	$(BIN)/python benchmarks/bench_cast.py --json build/bench_cast.json
 
+# make bench-peers  install what the benchmarks and the interop check run beside fewbits; builds llama.cpp
+bench-peers: build/peers/made build/llama/made
+
+# make interop  llama.cpp runs the GGUF files that fewbits writes: same tokens, same predictions
+interop: build/llama/made $(MODEL)
+	PYTHONPATH=build/llama $(BIN)/python tools/interop_gguf.py $(MODEL)
+
 # make certify every float32, cast to fp16, bf16, e4m3fn and e5m2 and held against exact arithmetic; some minutes
 certify: .venv/built
 	$(BIN)/python tools/certify.py
@@ -73,6 +80,11 @@ clean:
 # The peers lie apart: transformers imports some of them wherever it finds them, at a price in time and warnings.
 build/peers/made: .venv/dev
 	$(PIP) --no-deps --target build/peers --upgrade --group bench
+	@touch $@
+
+# llama.cpp is built for the machine that it is measured on.
+build/llama/made: .venv/dev
+	CMAKE_ARGS='-DGGML_NATIVE=ON' $(PIP) --no-deps --target build/llama --upgrade --group llama
 	@touch $@
 
 $(MODEL): tools/demo_model.py | .venv/tools
