@@ -10,6 +10,7 @@ import copy
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
+
 import torch
 import transformers
 from torch import Tensor
@@ -144,7 +145,7 @@ def converted(
 
 
 def conversion_keeps_rows(converter: WeightConverter) -> bool:
-    """Whether a conversion of 2-D tensors only stacks, joins or splits rows, so that it can be done to codes as well."""
+    """Whether a conversion of 2-D tensors only stacks, joins or splits rows, so that codes can go through it too."""
     stacked = 0
     for operation in converter.operations:
         if isinstance(operation, MergeModulelist) and operation.dim == 0:
