@@ -6,11 +6,13 @@ from typing import Any
 import pytest
 import torch
 from peer_compressed import DYNAMIC, write_compressed
+from safetensors.torch import load_file, save_file
 
 import fewbits
 from fewbits.models.linear import QuantLinear
 from fewbits.models.quantized_source import DequantizedSource, QuantizedSource, as_weights
 from fewbits.models.source import open_source
+from fewbits.tensors.quantized import quantize_weight
 
 GROUP = {"num_bits": 4, "strategy": "group", "group_size": 32}
 CHANNEL = {"strategy": "channel"}
@@ -71,6 +73,17 @@ def test_codes_and_scales_are_taken_over(tiny: Path, tmp_path: Path, kind: str, 
     assert isinstance(again, QuantizedSource)
     assert (again.precision, again.scale_dtype) == (source.precision, source.scale_dtype)
     assert all(same(again.read(name), values) for name, values in expected.items())
+
+
+def test_an_embedding_with_codes_is_read_as_its_values(tiny: Path, tmp_path: Path) -> None:
+    write_compressed(tiny, tmp_path / "theirs", "int-quantized", {"num_bits": 8, **CHANNEL}, DYNAMIC)
+    stored, name = load_file(tmp_path / "theirs" / "model.safetensors"), "model.embed_tokens.weight"
+    weight = quantize_weight(stored[name], "int8", scale_dtype=torch.bfloat16)
+    changed = stored | {name: weight.codes, f"{name}_scale": weight.scales}
+    save_file(changed, tmp_path / "theirs" / "model.safetensors")
+    model = fewbits.AutoModelForCausalLM.from_pretrained(tmp_path / "theirs")
+    assert torch.equal(model.model.embed_tokens.weight, weight.dequantize().bfloat16())
+    assert isinstance(model.model.layers[0].mlp.up_proj, QuantLinear)
 
 
 @pytest.mark.parametrize("scale_dtype", SCALES, ids=str)

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from fewbits.errors import FewbitsError
 from fewbits.models.layouts.bitsandbytes import entries, store
 from fewbits.models.linear import QuantHead, QuantLinear
 from fewbits.models.precision import PRECISIONS
-from fewbits.models.quantized_source import QuantizedSource, as_weights
+from fewbits.models.quantized_source import DequantizedSource, QuantizedSource, as_weights
 from fewbits.models.source import open_source
 from fewbits.tensors.quantized import QuantizedTensor, quantize_weight
 
@@ -120,6 +121,32 @@ def test_we_read_what_bitsandbytes_writes(folder: Path, tmp_path: Path) -> None:
         assert torch.equal(again.read_quantized(name).scales, source.read_quantized(name).scales)
 
 
+@pytest.mark.parametrize("kind", ["nf4", "nested", "fp4"])
+def test_we_read_4_bits(folder: Path, kind: str) -> None:
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        source = as_weights(open_source(folder / kind))
+    theirs = load_file(folder / f"{kind}.safetensors")
+    for name, values in theirs.items():
+        assert torch.equal(source.read(f"{name}.weight").to(values.dtype), values), name
+    other = [str(warning.message) for warning in warned if "another scheme" in str(warning.message)]
+    if kind == "fp4":
+        assert type(source) is DequantizedSource
+        assert len(other) == 1
+        return
+    assert isinstance(source, QuantizedSource)
+    assert (source.precision.name, source.precision.group_size) == ("nf4", 64)
+    assert len(source.weights) == len(theirs) - 2 * len(other)  # where blocks go across rows
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        model = load(folder / kind)
+    for name in source.weights:
+        layer = model.get_submodule(name.removesuffix(".weight"))
+        assert isinstance(layer, QuantLinear)
+        values = theirs[name.removesuffix(".weight")]
+        assert torch.equal(layer.quantized_weight().dequantize().to(values.dtype), values), name
+
+
 # --- as specified -------------------------------------------------------------------------------------------------
 
 
@@ -218,12 +245,77 @@ def test_a_missing_format_means_row_after_row(ours: Path, tmp_path: Path) -> Non
     assert torch.equal(logits(load(folder)), logits(load(ours)))
 
 
-def test_4_bits_are_refused(ours: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(ours, tmp_path / "nf4")
+STATE = {"shape": [96, 64], "blocksize": 64, "dtype": "bfloat16", "quant_type": "nf4"}
+BAD_4BIT: list[tuple[str, torch.Tensor | None, str]] = [
+    ("weight", None, f"{UP}.weight.quant_state.bitsandbytes__nf4 is there, but {UP}.weight is missing; download it"),
+    (
+        "weight",
+        torch.zeros(96, 32, dtype=torch.uint8),
+        rf"{UP}.weight has shape \[96, 32\], the codes want \[3072, 1\]",
+    ),
+    ("weight", torch.zeros(3072, 1), f"{UP}.weight is stored as F32, the layout wants U8; download it again"),
+    ("weight.absmax", None, f"{UP}.weight is U8, but {UP}.weight.absmax is missing; download it again"),
+    ("weight.absmax", torch.zeros(95), rf"{UP}.weight.absmax has shape \[95\], the codes want \[96\]; download"),
+    (
+        "weight.absmax",
+        torch.zeros(96, dtype=torch.uint8),
+        f"{UP}.weight is U8, but {UP}.weight.nested_absmax is missing",
+    ),
+    ("weight.quant_map", torch.zeros(15), rf"{UP}.weight.quant_map has shape \[15\], the codes want \[16\]"),
+    ("weight.quant_map", torch.zeros(16).half(), f"{UP}.weight.quant_map is stored as F16, the layout wants F32"),
+]
+
+
+def save_4bit(ours: Path, folder: Path, state: bytes, **changes: torch.Tensor | None) -> Path:
+    """A folder with one weight in 4 bits."""
+    shutil.copytree(ours, folder)
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] |= {"load_in_8bit": False, "load_in_4bit": True}
     (folder / "config.json").write_text(json.dumps(config))
+    codebook = torch.tensor(PRECISIONS["nf4"].weights.codebook)
+    stored: dict[str, torch.Tensor | None] = {
+        "weight": torch.zeros(3072, 1, dtype=torch.uint8),
+        "weight.absmax": torch.ones(96),
+        "weight.quant_map": codebook,
+        "weight.quant_state.bitsandbytes__nf4": torch.tensor(list(state), dtype=torch.uint8),
+    } | changes
+    tensors = {f"{UP}.{part}": tensor for part, tensor in stored.items() if tensor is not None}
+    save_file(tensors | {"other": torch.ones(1)}, folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize(("part", "tensor", "message"), BAD_4BIT)
+def test_a_bad_4_bit_checkpoint_is_refused(
+    ours: Path, tmp_path: Path, part: str, tensor: torch.Tensor | None, message: str
+) -> None:
+    folder = save_4bit(ours, tmp_path / "bad", json.dumps(STATE).encode(), **{part: tensor})
+    with pytest.raises(FewbitsError, match=message):
+        as_weights(open_source(folder))
+
+
+BAD_STATES = [{"shape": [96]}, {"shape": None}, {"blocksize": 0}, {"blocksize": "64"}, {"dtype": "int8"}]
+
+
+@pytest.mark.parametrize("state", [b"{", b"[]", b"\xff", *(json.dumps(STATE | bad).encode() for bad in BAD_STATES)])
+def test_a_bad_description_is_refused(ours: Path, tmp_path: Path, state: bytes) -> None:
+    folder = save_4bit(ours, tmp_path / "bad", state)
+    with pytest.raises(FewbitsError, match=rf"{UP}.weight.quant_state.bitsandbytes__nf4 is no JSON with a shape"):
+        as_weights(open_source(folder))
+
+
+def test_the_first_code_is_in_the_high_half(ours: Path, tmp_path: Path) -> None:
+    codes = torch.full((3072, 1), 0xF0, dtype=torch.uint8)  # 15 is 1, 0 is -1
+    folder = save_4bit(ours, tmp_path / "good", json.dumps(STATE).encode(), weight=codes)
+    expected = torch.tensor([1.0, -1.0]).repeat(96, 32)
+    assert torch.equal(as_weights(open_source(folder)).read(f"{UP}.weight"), expected)
+
+
+def test_neither_8_nor_4_bits_is_refused(ours: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(ours, tmp_path / "none")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] |= {"load_in_8bit": False}
+    (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(
-        FewbitsError, match="read in 8 bits, and this one has load_in_8bit=False, load_in_4bit=True; load"
+        FewbitsError, match=r"have load_in_8bit or load_in_4bit .* and this one has neither; load it with"
     ):
         load(folder)

@@ -10,8 +10,9 @@ import copy
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from typing import Any, ClassVar
 
 import psutil
@@ -27,7 +28,7 @@ from fewbits.models.manifest import fitted, make_manifest
 from fewbits.models.naming import check_tensors
 from fewbits.models.offload import check_device_map, errors_of_offloading, with_tied
 from fewbits.models.precision import TORCH_DTYPES, Precision, precision_named
-from fewbits.models.quantizable import output_head
+from fewbits.models.quantizable import output_head, quantizable_weights
 from fewbits.models.quantized_source import QuantizedSource, as_weights
 from fewbits.models.quantizer import FewbitsConfig, Plan
 from fewbits.models.source import Source, open_source
@@ -101,7 +102,7 @@ class _AutoClass:
         source = as_weights(open_source(model, revision=revision, trust_remote_code=trust_remote_code, **hub))
         config = _configuration(source, kwargs)
         theirs = transformers.AutoModelForCausalLM if _has_head(source, cls._theirs) else cls._theirs
-        return _Loading(theirs, source, config, wanted, dtype, tuple(keep), progress).run(model_args, kwargs)
+        return _Loading(theirs, source, config, wanted, dtype, keep, progress, kwargs.get("key_mapping")).run(model_args, kwargs)
 
 
 class AutoModel(_AutoClass):
@@ -160,7 +161,10 @@ class _Loading:
         dtype: torch.dtype | None,
         keep: Sequence[str],
         progress: Progress | None,
+        key_mapping: Mapping[str, str] | None,
     ) -> None:
+        if isinstance(keep, str):
+            raise FewbitsError(f"keep: a list of patterns is needed, got the string {keep!r}; give keep=[{keep!r}]")
         self.source, self.config, self.keep, self.progress = source, config, keep, progress
         stored = stored_precision(source)
         if stored is not None and asked is not None and asked.name != stored.name:
@@ -181,7 +185,9 @@ class _Loading:
         shapes = {name: tensor.shape for name, tensor in source.tensors.items()}
         strict = theirs is transformers.AutoModelForCausalLM
         as_rows = source.weights if isinstance(source, QuantizedSource) else ()
-        self.places = check_tensors(self.empty, shapes, source.path, strict=strict, as_rows=as_rows)
+        self.places = check_tensors(
+            self.empty, shapes, source.path, strict=strict, as_rows=as_rows, key_mapping=key_mapping
+        )
 
     def run(self, model_args: tuple[Any, ...], kwargs: dict[str, Any]) -> transformers.PreTrainedModel:
         """Build and fill the model."""
@@ -217,7 +223,9 @@ class _Loading:
     def _plan(self, precision: Precision) -> tuple[Plan, int]:
         """What is quantized, and the bytes of the model."""
         if isinstance(self.source, QuantizedSource):
-            quantized = [name for name in self.source.weights if name in self.places]
+            layers = quantizable_weights(self.empty)
+            here = [name for name in self.source.weights if name in self.places]
+            quantized = [name for name in here if self.places[name].parameter in layers]
             kept, nbytes = stored_dtype(self.source), self.source.size
         else:
             kept = nominal_dtype(self.source)
@@ -229,10 +237,11 @@ class _Loading:
         parameters = {parameter for name in quantized for parameter in self.places[name].parameters()}
         head = output_head(self.empty)
         present = {place.parameter for place in self.places.values()}
-        if head is not None and head in present and head not in self.empty.all_tied_weights_keys:
+        keeps_head = head is not None and any(fnmatchcase(head.removesuffix(".weight"), each) for each in self.keep)
+        if head in present and head not in self.empty.all_tied_weights_keys and not keeps_head:
             parameters.add(head)
         scales = self.source.scale_dtype if isinstance(self.source, QuantizedSource) else kept
-        return Plan(precision, frozenset(parameters), kept, self.dtype, scales), nbytes
+        return Plan(precision, frozenset(parameters), kept, self.dtype, scales, not keeps_head), nbytes
 
     def _warn_of_what_is_left_out(self) -> None:
         left_out = [name for name in self.source.tensors if name not in self.places]

@@ -1,4 +1,4 @@
-"""The bitsandbytes layout for int8: a Hugging Face folder that transformers reads with the bitsandbytes package.
+"""The bitsandbytes layout, in 8 bits: a Hugging Face folder that transformers reads with the bitsandbytes package.
 
 Of a quantized layer X it stores
 
@@ -7,7 +7,9 @@ Of a quantized layer X it stores
     X.weight_format  uint8 [], 0: row after row
 
 Stacked experts have one more dimension in front and the names ``X.gate_up_proj``, ``X.gate_up_proj_SCB``, …; other
-readers do not know them. Source: bitsandbytes, ``bitsandbytes/nn/modules.py``, ``Linear8bitLt._save_to_state_dict``.
+readers do not know them. Checkpoints in 4 bits are read, see ``bitsandbytes_4bit``.
+
+Source: bitsandbytes, ``bitsandbytes/nn/modules.py``, ``Linear8bitLt._save_to_state_dict``.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fewbits.errors import FewbitsError
+from fewbits.models.layouts.bitsandbytes_4bit import STATES, stored_4bit_weight
 from fewbits.models.layouts.stored_weight import StoredWeight, check_dtype, check_shape, part_of
 from fewbits.models.precision import PRECISIONS, Precision
 from fewbits.models.source import Source, StoredTensor
@@ -84,17 +87,23 @@ def stored_weights(source: Source, config: dict[str, Any]) -> dict[str, StoredWe
         config: Its ``quantization_config``.
 
     Raises:
-        FewbitsError: If it is not in 8 bits, or a tensor that belongs to a weight is missing, has another shape or
-            dtype, or says that the codes lie in another order.
+        FewbitsError: If a tensor that belongs to a weight is missing, has another shape or dtype, or says that codes
+            lie in another order; or the configuration names neither 8 nor 4 bits.
     """
-    if not (config.get("load_in_8bit") or config.get("_load_in_8bit")):
+    in_8bit, in_4bit = (config.get(key) or config.get(f"_{key}") for key in ("load_in_8bit", "load_in_4bit"))
+    if not in_8bit and not in_4bit:
         raise FewbitsError(
-            f"{source.path}: bitsandbytes checkpoints are read in 8 bits, and this one has load_in_8bit="
-            f"{config.get('load_in_8bit')!r}, load_in_4bit={config.get('load_in_4bit')!r}; load it with transformers, "
-            "or convert the model that it was made from"
+            f"{source.path}: bitsandbytes checkpoints have load_in_8bit or load_in_4bit in config.json, and this one "
+            "has neither; load it with transformers, or convert the model that it was made from"
         )
     found = {}
     for tensor in source.tensors.values():
+        for state in STATES if in_4bit else ():
+            if tensor.name.endswith(state):
+                name = tensor.name.removesuffix(state)
+                found[name] = stored_4bit_weight(source, name, tensor.name)
+        if in_4bit:
+            continue
         if tensor.stored_as == "I8" or _beside(tensor.name)[0] in source.tensors:
             found[tensor.name] = _stored_weight(source, tensor)
     return found
