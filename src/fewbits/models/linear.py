@@ -213,6 +213,12 @@ def _quantize_tokens(x: Tensor, format_name: str) -> tuple[Tensor, Tensor]:
     return exact + (digits - exact).detach() if x.requires_grad else digits, scales
 
 
+def cast_to_weight(module: nn.Module, args: tuple[Tensor]) -> Tensor:
+    """A hook before a layer's forward: its input in the dtype of its weight."""
+    weight: Tensor = module.get_parameter("weight")
+    return args[0].to(weight.dtype)
+
+
 def keep_compute_dtype(embedding: nn.Module, dtype: torch.dtype) -> None:
     """Let an embedding stay in 16 bits in memory while what it looks up enters the model in ``dtype``.
 

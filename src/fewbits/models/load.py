@@ -102,7 +102,9 @@ class _AutoClass:
         source = as_weights(open_source(model, revision=revision, trust_remote_code=trust_remote_code, **hub))
         config = _configuration(source, kwargs)
         theirs = transformers.AutoModelForCausalLM if _has_head(source, cls._theirs) else cls._theirs
-        return _Loading(theirs, source, config, wanted, dtype, keep, progress, kwargs.get("key_mapping")).run(model_args, kwargs)
+        return _Loading(theirs, source, config, wanted, dtype, keep, progress, kwargs.get("key_mapping")).run(
+            model_args, kwargs
+        )
 
 
 class AutoModel(_AutoClass):

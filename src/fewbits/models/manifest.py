@@ -84,9 +84,11 @@ def make_manifest(
             nbytes = precision.weight_bytes(math.prod(channels), K, dtype.itemsize)
             rows.append(ManifestRow(module, tensor, shape, precision.weights.name, nbytes, None))
     if not precision.cast and all(row.reason for row in rows):
+        narrow = next((row for row in rows if row.reason and "the group size" in row.reason), None)
         raise FewbitsError(
             f"{type(model).__name__} has no linear layer to quantize to {precision.name}"
-            f"{' beside what is kept' if keep else ''}; convert it to bf16 instead"
+            f"{' beside what is kept' if keep else ''}{f': {narrow.module}, {narrow.reason}' if narrow else ''}; "
+            f"convert it to {'int8, which has no groups,' if narrow else 'bf16'} instead"
         )
     return rows
 

@@ -51,10 +51,18 @@ class Place:
         return [self.parameter, *(self.parameter.replace(first, other) for other in others)]
 
 
-def places(model: transformers.PreTrainedModel, names: Iterable[str]) -> dict[str, Place]:
-    """The place of every stored tensor that has one in the model; the others are left out."""
+def places(
+    model: transformers.PreTrainedModel, names: Iterable[str], key_mapping: Mapping[str, str] | None = None
+) -> dict[str, Place]:
+    """The place of every stored tensor that has one in the model; the others are left out.
+
+    Args:
+        model: The model; it may be on the meta device.
+        names: Names of the stored tensors.
+        key_mapping: The caller's own renamings, as ``from_pretrained`` takes them.
+    """
     wanted = model.state_dict()
-    transforms = get_model_conversion_mapping(model)
+    transforms = get_model_conversion_mapping(model, key_mapping)
     renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
     converters = [each for each in transforms if isinstance(each, WeightConverter)]
     by_pattern = {pattern: each for each in converters for pattern in each.source_patterns}
@@ -75,6 +83,7 @@ def check_tensors(
     *,
     strict: bool = True,
     as_rows: Collection[str] = (),
+    key_mapping: Mapping[str, str] | None = None,
 ) -> dict[str, Place]:
     """Check that a checkpoint has every tensor of a model, in the model's shape; return where each goes.
 
@@ -84,12 +93,13 @@ def check_tensors(
         path: The checkpoint, for the message.
         strict: False lets tensors be missing outside the base model, and poolers: a task's own head is trained anew.
         as_rows: Names of those whose shapes have input features last, whatever the module's own way is.
+        key_mapping: The caller's own renamings, as ``from_pretrained`` takes them.
 
     Raises:
         FewbitsError: If one is missing or has another shape.
     """
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    found = places(model, shapes)
+    found = places(model, shapes, key_mapping)
     present = {parameter for place in found.values() for parameter in place.parameters()}
     optional = _new_in_a_task(model) if not strict else lambda name: False
     missing = [

@@ -15,7 +15,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from fewbits.errors import FewbitsError
 from fewbits.models.experts import QuantExperts
 from fewbits.models.layouts import compressed_tensors
-from fewbits.models.linear import QuantHead, QuantLinear, keep_compute_dtype
+from fewbits.models.linear import QuantHead, QuantLinear, cast_to_weight, keep_compute_dtype
 from fewbits.models.offload import placed_like, weight_of
 from fewbits.models.precision import PRECISIONS, Precision
 from fewbits.models.quantizable import output_head, quantizable_weights
@@ -35,6 +35,7 @@ class Plan:
         kept: 16- or 32-bit dtype of what is stored beside quantized weights.
         dtype: What is computed in between quantized layers.
         scales: Dtype of the scales.
+        head: Whether an output head that is tied to the embedding gets weights of its own.
     """
 
     precision: Precision
@@ -42,6 +43,7 @@ class Plan:
     kept: torch.dtype
     dtype: torch.dtype
     scales: torch.dtype
+    head: bool = True
 
 
 @register_quantization_config(_METHOD)
@@ -94,7 +96,10 @@ class FewbitsQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is no
             keep_compute_dtype(embedding, plan.dtype)
 
     def _process_model_after_weight_loading(self, model: transformers.PreTrainedModel, **_: Any) -> None:
-        _quantize_tied_head(model, self.plan.kept)
+        if self.plan.head:
+            _quantize_tied_head(model, self.plan.kept)
+        else:
+            _let_tied_head_compute(model, self.plan.dtype)
         for module in model.modules():
             if isinstance(module, (QuantLinear, QuantExperts)):
                 module.pack()
@@ -171,6 +176,14 @@ def _tables(model: transformers.PreTrainedModel) -> list[nn.Module]:
 def _is_tied(model: transformers.PreTrainedModel) -> bool:
     head = output_head(model)
     return head is not None and getattr(model.get_output_embeddings(), "tied", False)
+
+
+def _let_tied_head_compute(model: transformers.PreTrainedModel, dtype: torch.dtype) -> None:
+    """Let a head that stays tied multiply in the embedding's dtype, which may be narrower than what it is given."""
+    name, head = output_head(model), model.get_output_embeddings()
+    if name in model.all_tied_weights_keys:
+        keep_compute_dtype(head, dtype)
+        head.register_forward_pre_hook(cast_to_weight)
 
 
 def _quantize_tied_head(model: transformers.PreTrainedModel, kept: torch.dtype) -> None:
