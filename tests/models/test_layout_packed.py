@@ -1,5 +1,6 @@
 """int4, int8 and fp8 weights in the compressed-tensors layout: as specified, and as transformers reads them."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -213,6 +214,7 @@ FP8: list[tuple[str, torch.Tensor | None, str]] = [
     ("_scale", None, f"{UP} is float8_e4m3fn, but {UP}_scale is missing; download it again"),
     ("_scale", torch.ones(96), rf"{UP}_scale has shape \[96\], the codes want \[96, 1\]; download it again"),
     ("", torch.ones(96, 64, dtype=torch.int8), f"{UP} is stored as I8, the layout wants F8_E4M3; download it again"),
+    ("", torch.ones(96).to(torch.float8_e4m3fn), rf"{UP} has shape \[96\], no matrix of codes; download it again"),
     ("", torch.ones(96, 64), f"{UP} is stored as F32, the layout wants F8_E4M3; download it again"),
     ("_packed", torch.ones(96, 8, dtype=torch.int32), f"{UP}_packed holds words, but its scheme is of floats"),
 ]
@@ -237,6 +239,32 @@ def test_a_bad_checkpoint_is_refused(
     stored = load_file(folder / "model.safetensors")
     stored[f"{UP}{suffix}"] = tensor
     save_file({name: each for name, each in stored.items() if each is not None}, folder / "model.safetensors")
+    with pytest.raises(FewbitsError, match=message):
+        load(folder)
+
+
+ZERO_POINTS: list[tuple[torch.Tensor | None, str]] = [
+    (None, f"{UP}_packed is codes in 32-bit words, but {UP}_zero_point is missing; download it again"),
+    (torch.zeros(96, 2, dtype=torch.int8), f"{UP}_zero_point is stored as I8, the layout wants I32; download it again"),
+    (
+        torch.zeros(96, 2, dtype=torch.int32),
+        rf"{UP}_zero_point has shape \[96, 2\], the codes want \[12, 2\]; download",
+    ),
+]
+
+
+@pytest.mark.parametrize(("tensor", "message"), ZERO_POINTS)
+def test_bad_zero_points_are_refused(folders: Path, tmp_path: Path, tensor: torch.Tensor | None, message: str) -> None:
+    folder = shutil.copytree(folders / "int4", tmp_path / "bad")
+    stored = load_file(folder / "model.safetensors")
+    for name in [name for name in stored if name.endswith("_scale")]:
+        N, G = stored[name].shape
+        stored[name.replace("_scale", "_zero_point")] = torch.zeros(N // 8, G, dtype=torch.int32)
+    stored[f"{UP}_zero_point"] = tensor
+    save_file({name: each for name, each in stored.items() if each is not None}, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["config_groups"]["group_0"]["weights"]["symmetric"] = False
+    (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(FewbitsError, match=message):
         load(folder)
 

@@ -26,6 +26,7 @@ CODES = {"I8": "int", "F8_E4M3": "float"}
 """The dtypes of codes that are not packed, and the type that a scheme has for them."""
 
 _WORDS = {"I32": "int"}
+_IN_WORDS = ("channel", "group")  # the strategies whose zero points are packed if the codes are
 _BESIDE = ("_g_idx", "_global_scale")  # other ways to compute a weight from its codes
 
 
@@ -43,6 +44,8 @@ def stored_weight(source: Source, name: str, codes: StoredTensor, scheme: Scheme
             fewbits does not know. The message names it.
     """
     path, tensors = source.path, source.tensors
+    if len(codes.shape) < 2:
+        raise FewbitsError(f"{path}: {codes.name} has shape {list(codes.shape)}, no matrix of codes; download it again")
     is_packed = codes.name.endswith(PACKED)
     kinds = _WORDS if is_packed else {dtype: kind for dtype, kind in CODES.items() if kind == scheme.type}
     check_dtype(codes, kinds, path)
@@ -52,6 +55,20 @@ def stored_weight(source: Source, name: str, codes: StoredTensor, scheme: Scheme
                 f"{path}: {name}{suffix}: weights that have it cannot be read; load it with transformers"
             )
     shape = _unpacked_shape(source, name, codes, scheme) if is_packed else codes.shape
+    scales = _checked_scales(source, name, codes, shape, scheme)
+    beside = (f"{name}{suffix}" for suffix in (SHAPE, ZERO_POINT))
+    parts = (codes.name, scales.name, *(part for part in beside if part in tensors))
+    precision = None if scheme.bits == 4 and shape[-1] % 2 else scheme.precision  # two codes share a byte
+    reader = _Reader(name, codes.name, shape, scheme)
+    load = reader.values if precision is None else reader.codes_and_scales
+    return StoredWeight(name, shape, parts, precision, scales.stored_as, load)
+
+
+def _checked_scales(
+    source: Source, name: str, codes: StoredTensor, shape: tuple[int, ...], scheme: Scheme
+) -> StoredTensor:
+    """The scales of a weight, checked, and its zero points too."""
+    path, tensors = source.path, source.tensors
     scales = part_of(codes.name, f"{name}{SCALE}", tensors, path)
     check_dtype(scales, SCALE_DTYPES, path)
     if scheme.strategy == "group" and shape[-1] % (scheme.group_size or 1):
@@ -60,15 +77,13 @@ def stored_weight(source: Source, name: str, codes: StoredTensor, scheme: Scheme
             "config.json; download both again"
         )
     check_shape(scales, *_scale_shapes(scheme, shape), path=path)
-    parts = [codes.name, scales.name, *([f"{name}{SHAPE}"] if is_packed else [])]
-    if not scheme.symmetric:
-        parts.append(part_of(codes.name, f"{name}{ZERO_POINT}", tensors, path).name)
-    elif f"{name}{ZERO_POINT}" in tensors:
-        parts.append(f"{name}{ZERO_POINT}")  # all zero: the scheme is symmetric
-    precision = None if scheme.bits == 4 and shape[-1] % 2 else scheme.precision  # two codes share a byte
-    reader = _Reader(name, codes.name, shape, scheme)
-    load = reader.values if precision is None else reader.codes_and_scales
-    return StoredWeight(name, shape, tuple(parts), precision, scales.stored_as, load)
+    if not scheme.symmetric:  # else they may be there, all zero
+        zero_points = part_of(codes.name, f"{name}{ZERO_POINT}", tensors, path)
+        in_words = codes.name.endswith(PACKED) and scheme.strategy in _IN_WORDS
+        check_dtype(zero_points, _WORDS if in_words else CODES, path)
+        *rows, N, G = scales.shape if in_words else (0, 0)
+        check_shape(zero_points, (*rows, words_in(N, scheme.bits), G) if in_words else scales.shape, path=path)
+    return scales
 
 
 def _unpacked_shape(source: Source, name: str, packed: StoredTensor, scheme: Scheme) -> tuple[int, ...]:
@@ -138,7 +153,7 @@ class _Reader:
     def _zero_points(self, source: Source, shape: torch.Size) -> Tensor:
         """float32, one for each scale. With packed codes they are packed too, down the channels."""
         stored = source.read(f"{self.name}{ZERO_POINT}")
-        if self.codes.endswith(PACKED) and self.scheme.strategy in ("channel", "group"):
+        if self.codes.endswith(PACKED) and self.scheme.strategy in _IN_WORDS:
             channels = shape[-2]
             packed = unpack_words(stored.transpose(-1, -2), self.scheme.bits, channels)
             numbers = values_of(packed, "int8" if self.scheme.bits == 8 else "int4")[..., :channels]
