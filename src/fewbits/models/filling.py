@@ -105,16 +105,21 @@ def quantized_tensors(
 
 
 class _Once:
-    """Makes tensors when one of them is first asked for, and forgets each when it has given it."""
+    """Makes tensors when one of them is first asked for, and forgets each when it has given it.
+
+    Several threads may ask.
+    """
 
     def __init__(self, make: Callable[[], dict[str, Tensor]]) -> None:
         self._make = make
         self._left: dict[str, Tensor] = {}
+        self._lock = threading.Lock()
 
     def take(self, name: str) -> Tensor:
-        if not self._left:
-            self._left = self._make()
-        return self._left.pop(name)
+        with self._lock:
+            if not self._left:
+                self._left = self._make()
+            return self._left.pop(name)
 
 
 class _Maker:
