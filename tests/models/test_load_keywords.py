@@ -213,7 +213,23 @@ def test_a_model_of_another_family(saved: Saved, tmp_path: Path, name: str) -> N
         FAMILIES[name].ours.from_pretrained(folder, precision="int8")
 
 
+def test_experts_that_are_not_quantized_are_named(tmp_path: Path) -> None:
+    sizes = FAMILIES["mixtral"].settings | {"head_dim": 16, "layer_types": ["full_attention"] * 2}
+    config = transformers.AutoConfig.for_model("gpt_oss", **sizes)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.warns(
+        UserWarning, match=r"GptOssExperts are not quantized and stay in .*model.layers.0.mlp.experts and 1"
+    ):
+        model = load(tmp_path, precision="int8")
+    assert len(quantized(model)) == 2 * 4 + 1
+    load(tmp_path, precision="bf16")
+
+
 def test_nothing_is_said_while_loading(saved: Saved, capfd: pytest.CaptureFixture[str], caplog: Any) -> None:
+    for name in ("llama", "gemma3", "bert", "mixtral"):
+        saved(name)
+    capfd.readouterr()
+    caplog.clear()
     load(saved("llama"), precision="int8")
     load(saved("gemma3"), precision="int8")
     fewbits.AutoModel.from_pretrained(saved("bert"), precision="int4")

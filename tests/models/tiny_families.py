@@ -150,6 +150,14 @@ FAMILIES = {
         moe_intermediate_size=32,
         shared_expert_intermediate_size=32,
     ),
+    "hunyuan-moe": _decoder(
+        "hunyuan_v1_moe",
+        (*_ATTENTION, "mlp.experts", *(f"mlp.shared_mlp.{leaf}_proj" for leaf in ("gate", "up", "down"))),
+        kept=("mlp.gate.wg",),
+        num_experts=4,
+        moe_topk=2,
+        head_dim=16,
+    ),
     "qwen3-moe": _decoder(
         "qwen3_moe",
         (*_ATTENTION, "mlp.experts"),

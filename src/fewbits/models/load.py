@@ -28,7 +28,7 @@ from fewbits.models.manifest import fitted, make_manifest
 from fewbits.models.naming import check_tensors
 from fewbits.models.offload import check_device_map, errors_of_offloading, with_tied
 from fewbits.models.precision import TORCH_DTYPES, Precision, precision_named
-from fewbits.models.quantizable import output_head, quantizable_weights
+from fewbits.models.quantizable import experts_left_out, output_head, quantizable_weights
 from fewbits.models.quantized_source import QuantizedSource, as_weights
 from fewbits.models.quantizer import FewbitsConfig, Plan
 from fewbits.models.source import Source, open_source
@@ -246,6 +246,14 @@ class _Loading:
         return Plan(precision, frozenset(parameters), kept, self.dtype, scales, not keeps_head), nbytes
 
     def _warn_of_what_is_left_out(self) -> None:
+        experts = experts_left_out(self.empty) if self.quantized else []
+        if experts:
+            kind = type(self.empty.get_submodule(experts[0])).__name__
+            warnings.warn(
+                f"{self.source.path}: experts of the kind {kind} are not quantized and stay in {self.dtype}: "
+                f"{experts[0]} and {len(experts) - 1} more",
+                stacklevel=4,
+            )
         left_out = [name for name in self.source.tensors if name not in self.places]
         if left_out:
             warnings.warn(

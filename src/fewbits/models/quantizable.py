@@ -16,7 +16,8 @@ from fewbits.models.experts import expert_weights
 from fewbits.models.linear import QuantLinear
 
 _ROUTERS = ("gate", "router", "shared_expert_gate")
-"""Last names of layers that choose experts: a token sent to the wrong one costs more than their few bytes."""
+"""Names of layers that choose experts, or of what holds them: a token sent to the wrong one costs more than their few
+bytes."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,17 @@ def quantizable_weights(model: transformers.PreTrainedModel) -> dict[str, Weight
     return {weight.parameter: weight for weight in found}
 
 
+def experts_left_out(model: transformers.PreTrainedModel) -> list[str]:
+    """Names of modules with fused experts that lie in a way that no quantized layer has."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if type(module).__name__.endswith("Experts")
+        and not expert_weights(module)
+        and any(True for _ in module.parameters(recurse=False))
+    ]
+
+
 def output_head(model: transformers.PreTrainedModel) -> str | None:
     """The name of the output head's weight, if the model has one."""
     head = model.get_output_embeddings()
@@ -72,7 +84,7 @@ def output_head(model: transformers.PreTrainedModel) -> str | None:
 
 
 def _why_not(model: transformers.PreTrainedModel, name: str) -> str | None:
-    if name.rpartition(".")[2] in _ROUTERS:
+    if any(part in _ROUTERS for part in name.split(".")[-2:]):
         return "router: it decides which experts work"
     prefix = model.base_model_prefix
     inside = not prefix or not hasattr(model, prefix) or name.startswith(f"{prefix}.")
