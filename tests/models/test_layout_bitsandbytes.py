@@ -191,7 +191,7 @@ def test_scales_come_back(dtype: torch.dtype, tmp_path: Path) -> None:
     weight = quantize_weight(
         torch.randn(4096, 8, generator=torch.Generator().manual_seed(0)), "int8", scale_dtype=dtype
     )
-    stored = store("a.weight", weight)
+    stored = store("a.weight", weight, PRECISIONS["int8"])
     declared = entries("a.weight", (4096, 8), PRECISIONS["int8"], dtype)
     assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in stored.items()} == declared
     again, scales = stored["a.SCB"] / 127, weight.scales.float()[:, 0]
@@ -203,7 +203,7 @@ def test_scales_come_back(dtype: torch.dtype, tmp_path: Path) -> None:
 
 def test_a_stack_is_stored_as_declared() -> None:
     weight = QuantizedTensor(torch.ones(3, 5, 8, dtype=torch.int8), torch.ones(3, 5, 1))
-    stored = store("experts.up_proj", weight)
+    stored = store("experts.up_proj", weight, PRECISIONS["int8"])
     declared = entries("experts.up_proj", (3, 5, 8), PRECISIONS["int8"], torch.float32)
     assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in stored.items()} == declared
     assert declared.keys() == {"experts.up_proj", "experts.up_proj_SCB", "experts.up_proj_weight_format"}

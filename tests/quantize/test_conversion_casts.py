@@ -128,9 +128,7 @@ def test_what_is_not_finite_is_refused_by_name_unless_allowed(tiny: Path, tmp_pa
     tensors = load_file(model / WEIGHTS)
     tensors[NORM][[2, 7]] = bad
     save_file(tensors, model / WEIGHTS)
-    with pytest.raises(
-        fewbits.FewbitsError, match=rf"{NORM}: 2 of 64 values are NaN or Inf.*--allow-nonfinite"
-    ):
+    with pytest.raises(fewbits.FewbitsError, match=rf"{NORM}: 2 of 64 values are NaN or Inf.*--allow-nonfinite"):
         fewbits.convert(model, tmp_path / "out", to)
     assert list(tmp_path.iterdir()) == [model]
     fewbits.convert(model, tmp_path / "out", to, allow_nonfinite=True)

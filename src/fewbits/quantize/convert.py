@@ -86,16 +86,18 @@ def convert(
     dtype = TORCH_DTYPES[precision.name] if precision.cast else nominal_dtype(opened)
     model = empty_model(opened.config, dtype, auto_class_of(opened.config))
     shapes = {name: tensor.shape for name, tensor in opened.tensors.items()}
-    places = check_tensors(model, shapes, opened.path)
+    as_rows = opened.weights if isinstance(opened, QuantizedSource) else {}
+    places = check_tensors(model, shapes, opened.path, as_rows=as_rows)
+    known = quantizable_weights(model)
+    weights = {name: known[place.parameter] for name, place in places.items() if place.parameter in known}
+    shapes |= {name: weights[name].rows(shape) for name, shape in as_rows.items() if name in weights}
     precision = fitted(model, precision)
     rounding = _rounding(opened, precision, layout)
     manifest = make_manifest(model, shapes, places, precision, dtype=dtype, keep=keep)
     tokenizer = opened.tokenizer() if _has_tokenizer(opened) else None
     nbytes = sum(row.nbytes for row in manifest)
-    weights = quantizable_weights(model)
-    by_tensor = {name: weights[place.parameter] for name, place in places.items() if place.parameter in weights}
     layout_module = FOLDER_LAYOUTS[layout]
-    job = FolderJob(opened, layout_module, precision, dtype, manifest, by_tensor, overflow, allow_nonfinite)
+    job = FolderJob(opened, layout_module, precision, dtype, manifest, weights, overflow, allow_nonfinite)
     work = fingerprint(opened, to=to, layout=layout, keep=[*keep], overflow=overflow, nonfinite=allow_nonfinite)
     with tight_memory(), staged_folder(out, overwrite=overwrite, nbytes=nbytes, fingerprint=work) as folder:
         if on_manifest is not None:

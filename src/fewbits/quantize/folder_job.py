@@ -18,6 +18,7 @@ from typing import TypeVar
 import torch
 import transformers
 from torch import Tensor
+from transformers.pytorch_utils import Conv1D
 
 from fewbits.errors import FewbitsError
 from fewbits.models.filling import Progress
@@ -67,7 +68,7 @@ class FolderJob:
             del config.quantization_config
         if not self.precision.cast:
             quantized = {self.weights[row.tensor].module for row in self.manifest if row.reason is None}
-            linears = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+            linears = [name for name, module in model.named_modules() if isinstance(module, (torch.nn.Linear, Conv1D))]
             ignore = [name for name in linears if name not in quantized]
             config.quantization_config = self.layout.quantization_config(self.precision, ignore)
         config.save_pretrained(folder)
@@ -106,11 +107,13 @@ class FolderJob:
             return {row.tensor: values}, [report]
         if row.reason is not None:
             return {row.tensor: cast_weight(row.tensor, self._finite(row), self.dtype)}, []
-        return self.layout.store(row.tensor, self._quantized(row)), []
+        return self.layout.store(row.tensor, self._quantized(row), self.precision), []
 
     def _finite(self, row: ManifestRow) -> Tensor:
         """A tensor that is not quantized."""
         tensor = self.source.read(row.tensor)
+        if self._comes_as_rows(row.tensor):
+            tensor = self.weights[row.tensor].as_rows(tensor)
         if not tensor.is_floating_point():
             raise FewbitsError(f"{row.tensor} is {tensor.dtype}, no floats; it cannot be cast: remove it")
         if self.allow_nonfinite or tensor.numel() == 0 or all(end.isfinite() for end in tensor.aminmax()):
@@ -127,31 +130,44 @@ class FolderJob:
             if self.precision.cast or row.reason is not None:
                 declared[row.tensor] = (self.dtype, row.shape)
             else:
-                shape = self._rows(row)
-                declared |= self.layout.entries(row.tensor, shape, self.precision, self.dtype)
+                shape, dtype = self.weights[row.tensor].rows(row.shape), self._scale_dtype(row.tensor)
+                declared |= self.layout.entries(row.tensor, shape, self.precision, dtype)
         return declared
 
-    def _rows(self, row: ManifestRow) -> tuple[int, ...]:
-        """The shape of a quantized weight, input features last."""
-        return row.shape if self._is_quantized(row.tensor) else self.weights[row.tensor].rows(row.shape)
+    def _comes_as_rows(self, name: str) -> bool:
+        """Whether a weight is stored with input features last, whatever the model's way is."""
+        return isinstance(self.source, QuantizedSource) and name in self.source.weights and name in self.weights
 
-    def _is_quantized(self, name: str) -> bool:
-        return isinstance(self.source, QuantizedSource) and name in self.source.weights
+    def _is_taken_over(self, name: str) -> bool:
+        """Whether codes and scales are written as they are read."""
+        if not isinstance(self.source, QuantizedSource) or name not in self.source.weights:
+            return False
+        stored, wanted = self.source.precision, self.precision
+        return (stored.weights, stored.group_size) == (wanted.weights, wanted.group_size)
+
+    def _scale_dtype(self, name: str) -> torch.dtype:
+        """The dtype of a weight's scales: as they are where codes are taken over, else what the layout wants."""
+        if isinstance(self.source, QuantizedSource) and self._is_taken_over(name):
+            return self.source.scale_dtype
+        return self.layout.SCALES or self.dtype
 
     def _quantized(self, row: ManifestRow) -> QuantizedTensor:
-        weights, group = self.precision.weights, self.precision.group_size
-        if isinstance(self.source, QuantizedSource) and row.tensor in self.source.weights:
-            stored = self.source.precision
-            if (stored.weights, stored.group_size) == (weights, group):
-                return self.source.read_quantized(row.tensor)
-            rows = self.source.read(row.tensor)
-        else:
-            rows = self.weights[row.tensor].as_rows(self.source.read(row.tensor))
+        name, dtype = row.tensor, self._scale_dtype(row.tensor)
+        if isinstance(self.source, QuantizedSource) and self._is_taken_over(name):
+            weight = self.source.read_quantized(name)
+            return QuantizedTensor(weight.codes, weight.scales.to(dtype), weight.format)
+        tensor = self.source.read(name)
+        rows = tensor if self._comes_as_rows(name) else self.weights[name].as_rows(tensor)
         *lead, K = rows.shape
         try:
-            made = quantize_weight(rows.reshape(-1, K), weights.name, group_size=group, scale_dtype=self.dtype)
+            made = quantize_weight(
+                rows.reshape(-1, K),
+                self.precision.weights.name,
+                group_size=self.precision.group_size,
+                scale_dtype=dtype,
+            )
         except FewbitsError as error:
-            raise FewbitsError(f"{row.tensor}: {error}") from None
+            raise FewbitsError(f"{name}: {error}") from None
         return made.view(*lead)
 
 

@@ -69,7 +69,7 @@ def entries(
     return {name: (torch.int8, shape), absmax: (torch.float32, shape[:-1]), layout: (torch.uint8, ())}
 
 
-def store(name: str, weight: QuantizedTensor, precision: Precision | None = None) -> dict[str, Tensor]:
+def store(name: str, weight: QuantizedTensor, precision: Precision) -> dict[str, Tensor]:
     """The tensors that a weight is stored as: what ``entries`` declares.
 
     SCB / 127 is the scale again: exactly if that has 16 bits, else within one unit in the last place.

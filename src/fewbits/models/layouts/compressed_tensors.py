@@ -27,7 +27,7 @@ from fewbits.models.layouts.compressed_schemes import schemes_of
 from fewbits.models.layouts.compressed_weight import CODES, PACKED, SCALE, SHAPE, ZERO_POINT, stored_weight
 from fewbits.models.layouts.packed_words import pack_words, words_in
 from fewbits.models.layouts.stored_weight import StoredWeight
-from fewbits.models.precision import PRECISIONS, Precision
+from fewbits.models.precision import Precision
 from fewbits.models.source import Source
 from fewbits.tensors.quantized import CODE_DTYPES, QuantizedTensor
 
@@ -99,15 +99,14 @@ def entries(
     return {f"{name}{PACKED}": (torch.int32, words), **scales, f"{name}{SHAPE}": (torch.int64, (len(shape),))}
 
 
-def store(name: str, weight: QuantizedTensor, precision: Precision | None = None) -> dict[str, Tensor]:
+def store(name: str, weight: QuantizedTensor, precision: Precision) -> dict[str, Tensor]:
     """The tensors that a weight is stored as: what ``entries`` declares.
 
     Args:
         name: The weight's full name.
         weight: Codes and scales.
-        precision: Its precision; None is int8.
+        precision: Its precision.
     """
-    precision = precision or PRECISIONS["int8"]
     scales = {f"{name}{SCALE}": weight.scales}
     if not _is_packed(precision):
         return {name: weight.codes, **scales}
