@@ -79,7 +79,7 @@ def test_in_another_process(saved: Saved) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @PRECISIONS
-@NAMES
+@pytest.mark.parametrize("name", ["gpt2", "gemma3", "mixtral"])
 def test_another_dtype_leaves_codes_and_scales_alone(
     saved: Saved, name: str, precision: str, dtype: torch.dtype
 ) -> None:
@@ -116,7 +116,7 @@ def test_a_layer_by_itself(saved: Saved) -> None:
 
 
 @PRECISIONS
-@NAMES
+@pytest.mark.parametrize("name", ["gpt2", "gemma3", "mixtral"])
 def test_to_meta_and_back_to_memory(saved: Saved, name: str, precision: str) -> None:
     model = load(saved, name, precision)
     expected, state = output(name, model), model.state_dict()
