@@ -13,12 +13,12 @@ namespace {
 // Below this many multiply-adds (or bytes moved) waking a second thread costs more than it saves.
 constexpr int64_t kWorthAThread = 1 << 15;
 
+}  // namespace
+
 int useful_threads(int64_t work, int threads) {
   const int64_t most = work / kWorthAThread;
   return most < threads ? static_cast<int>(most < 1 ? 1 : most) : threads;
 }
-
-}  // namespace
 
 void quantize_per_token(const float* x, int64_t M, int64_t K, int8_t* codes, float* scales, int threads) {
   parallel_ranges(useful_threads(M * K, threads), M, [&](int64_t begin, int64_t end) {

@@ -5,12 +5,19 @@
 
 namespace fewbits {
 
+// How many threads are worth waking for so many multiply-adds, or bytes moved.
+int useful_threads(int64_t work, int threads);
+
 void quantize_per_token(const float* x, int64_t M, int64_t K, int8_t* codes, float* scales, int threads);
 bool quantize_weight(const WeightJob& job, int threads);
 void pack_int8(const int8_t* weight, int64_t N, int64_t K, int8_t* packed, int threads);
 void int8_matmul(Int8Matmul job, int threads);  // job.tiles is allocated here
 void int8_linear(const float* x, const int8_t* packed, const float* channel_scales, const float* bias, float* out,
                  int64_t M, int64_t N, int64_t K, int threads);
+
+// job.codes and its scratch, and job.tiles and what follows it, are allocated here.
+void int4_linear(const float* x, const PanelWeight& weight, const float* bias, float* out, int64_t M, int threads);
+void weight_only_linear(WeightOnlyMatmul job, int threads);
 
 // x is float32, or 16-bit floats of the format `source`; results are float32, or narrowed to 16 bits by `narrow`.
 // `fresh` memory was never written: its pages come from the system as they are touched, and are in the caches then.

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "cast_job.hpp"
+#include "panel_weight.hpp"
 
 namespace fewbits {
 
@@ -64,6 +65,11 @@ struct Kernels {
   void (*int8_pack_rows)(const Int8Matmul& job, int64_t begin, int64_t end);
   // Output tiles [begin, end), counted panel by panel, row tile by row tile.
   void (*int8_matmul)(const Int8Matmul& job, int64_t begin, int64_t end);
+  // The same two for weights in panels of 4 or 8 bits, with int8 activations and with float32 ones.
+  void (*int4_pack_rows)(const Int4Matmul& job, int64_t begin, int64_t end);
+  void (*int4_matmul)(const Int4Matmul& job, int64_t begin, int64_t end);
+  void (*weight_only_pack_rows)(const WeightOnlyMatmul& job, int64_t begin, int64_t end);
+  void (*weight_only_matmul)(const WeightOnlyMatmul& job, int64_t begin, int64_t end);
   // float32 -> codes, position of the first one in its tensor; codes -> float32, and the bits that
   // any code has; memcpy past the caches, and the wait that ends it.
   void (*encode_floats)(const float* x, int64_t count, void* codes, const Rounder& rounder, uint64_t position);

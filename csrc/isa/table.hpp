@@ -5,9 +5,11 @@
 
 #include "../block.hpp"
 #include "../cast.hpp"
+#include "../int4_matmul.hpp"
 #include "../int8_matmul.hpp"
 #include "../quantize_per_token.hpp"
 #include "../quantize_weight.hpp"
+#include "../weight_only_matmul.hpp"
 
 namespace {
 
@@ -18,6 +20,10 @@ constexpr fewbits::Kernels table(const char* name) {
       .quantize_weight = quantize_weight,
       .int8_pack_rows = int8_pack_rows,
       .int8_matmul = int8_matmul,
+      .int4_pack_rows = int4_pack_rows,
+      .int4_matmul = int4_matmul,
+      .weight_only_pack_rows = weight_only_pack_rows,
+      .weight_only_matmul = weight_only_matmul,
       .encode_floats = encode_floats,
       .decode_codes = decode_codes,
       .decode = decode,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fewbits.errors import FewbitsError
+from fewbits.kernels.panels import table
 
 _native: Any
 try:
@@ -121,3 +122,44 @@ def int8_linear_two_digits(
     if bias is not None:
         rows += bias
     return out
+
+
+def int4_linear(out: Tensor, x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, *_: object) -> Tensor:
+    """Fill ``out``, contiguous, of the right shape; see ``panel_ops.int4_linear``."""
+    x, bias = x.contiguous(), None if bias is None else bias.contiguous()
+    G, N, K = scales.shape[1], out.shape[-1], x.shape[-1]
+    _native.int4_linear(
+        x.data_ptr(), packed.data_ptr(), scales.data_ptr(), scales.dtype == torch.bfloat16,
+        0 if bias is None else bias.data_ptr(), out.data_ptr(),
+        x.numel() // K, N, G, packed.shape[1] // G, torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def weight_only_linear(
+    out: Tensor,
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    format_name: str,
+    e4m3_tokens: bool,
+) -> Tensor:
+    """Fill ``out``, contiguous, of the right shape; see ``panel_ops.weight_only_linear``."""
+    x, bias = x.contiguous(), None if bias is None else bias.contiguous()
+    G, K = scales.shape[1], x.shape[-1]
+    values = _table(format_name)
+    _native.weight_only_linear(
+        x.data_ptr(), packed.data_ptr(), scales.data_ptr(), scales.dtype == torch.bfloat16,
+        {"int8": 1, "e4m3fn": 2}.get(format_name, 0), 0 if values is None else values.data_ptr(), e4m3_tokens,
+        0 if bias is None else bias.data_ptr(), out.data_ptr(),
+        x.numel() // K, out_features, K, G, packed.shape[1] // G, torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+@cache
+def _table(format_name: str) -> Tensor | None:
+    values = table(format_name)
+    return None if values is None else torch.tensor(values)

@@ -18,11 +18,11 @@ from fewbits.errors import FewbitsError
 from fewbits.kernels import native, reference
 from fewbits.kernels.packing import CHANNELS, GROUP, unpack_int8
 
-_library: Any = torch.library.Library("fewbits", "DEF")  # type: ignore[no-untyped-call]
+library: Any = torch.library.Library("fewbits", "DEF")  # type: ignore[no-untyped-call]
 
 
 def _quantize_per_token_shape(x: Tensor) -> tuple[Tensor, Tensor]:
-    _check_activations(x)
+    check_activations(x)
     return torch.empty_like(x, dtype=torch.int8, memory_format=torch.contiguous_format), x.new_empty((*x.shape[:-1], 1))
 
 
@@ -33,17 +33,18 @@ def _int8_matmul_shape(
         raise FewbitsError(f"codes: int8 [..., K] is needed, got {codes.dtype} {list(codes.shape)}; quantize x first")
     *tokens, K = codes.shape
     N = _channels(packed, channel_scales, bias, K)
-    _check_scale("token_scales", token_scales, (*tokens, 1))
+    check_scale("token_scales", token_scales, (*tokens, 1))
     return token_scales.new_empty((*tokens, N))
 
 
 def _int8_linear_shape(x: Tensor, packed: Tensor, channel_scales: Tensor, bias: Tensor | None) -> Tensor:
-    _check_activations(x)
+    check_activations(x)
     *tokens, K = x.shape
     return x.new_empty((*tokens, _channels(packed, channel_scales, bias, K)))
 
 
-def _check_activations(x: Tensor) -> None:
+def check_activations(x: Tensor) -> None:
+    """Refuse what is not float32 ``[..., K]``."""
     if x.dtype != torch.float32:
         raise FewbitsError(f"x: float32 is needed, got {x.dtype}; convert it with x.float()")
     if x.ndim == 0 or x.shape[-1] == 0:
@@ -59,44 +60,45 @@ def _channels(packed: Tensor, channel_scales: Tensor, bias: Tensor | None, K: in
             f"packed: contiguous int8 {list(panels)} is needed for N = {N}, K = {K}, "
             f"got {packed.dtype} {list(packed.shape)}; pack_int8 makes it"
         )
-    _check_scale("channel_scales", channel_scales, (N,))
+    check_scale("channel_scales", channel_scales, (N,))
     if bias is not None:
-        _check_scale("bias", bias, (N,))
+        check_scale("bias", bias, (N,))
     return N
 
 
-def _check_scale(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+def check_scale(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    """Refuse what is not float32 of that shape."""
     if tensor.dtype != torch.float32 or tensor.shape != shape:
         raise FewbitsError(
             f"{name}: float32 {list(shape)} is needed, got {tensor.dtype} {list(tensor.shape)}; convert or reshape it"
         )
 
 
-def _define(name: str, arguments: str, shape: Callable[..., Any], meaning: Callable[..., Any]) -> None:
+def define(name: str, arguments: str, shape: Callable[..., Any], meaning: Callable[..., Any]) -> None:
     """Register one op: the shape rule checks every call; the native version, if loaded, takes the CPU's."""
 
     def checked(*args: Any) -> Any:
         shape(*(arg.to("meta") if isinstance(arg, Tensor) else arg for arg in args))
         return meaning(*args)
 
-    _library.define(f"{name}{arguments}")
-    _library.impl(name, checked, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fewbits::{name}", shape, lib=_library)
+    library.define(f"{name}{arguments}")
+    library.impl(name, checked, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fewbits::{name}", shape, lib=library)
     fast = getattr(native, name)
     if native.status().loaded:
-        _library.impl(name, lambda *args: fast(shape(*args), *args), "CPU")
+        library.impl(name, lambda *args: fast(shape(*args), *args), "CPU")
 
 
-_define("quantize_per_token", "(Tensor x) -> (Tensor codes, Tensor scales)",
+define("quantize_per_token", "(Tensor x) -> (Tensor codes, Tensor scales)",
         _quantize_per_token_shape, reference.quantize_per_token)  # fmt: skip
-_define("int8_matmul",
+define("int8_matmul",
         "(Tensor codes, Tensor token_scales, Tensor packed, Tensor channel_scales, Tensor? bias) -> Tensor",
         _int8_matmul_shape, reference.int8_matmul)  # fmt: skip
 
 
-_define("int8_linear", "(Tensor x, Tensor packed, Tensor channel_scales, Tensor? bias) -> Tensor",
+define("int8_linear", "(Tensor x, Tensor packed, Tensor channel_scales, Tensor? bias) -> Tensor",
         _int8_linear_shape, reference.int8_linear)  # fmt: skip
-_define("int8_linear_two_digits", "(Tensor x, Tensor packed, Tensor channel_scales, Tensor? bias) -> Tensor",
+define("int8_linear_two_digits", "(Tensor x, Tensor packed, Tensor channel_scales, Tensor? bias) -> Tensor",
         _int8_linear_shape, reference.int8_linear_two_digits)  # fmt: skip
 
 
@@ -116,7 +118,7 @@ def _straight_through(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
 
 for _name in ("int8_linear", "int8_linear_two_digits"):
     torch.library.register_autograd(
-        f"fewbits::{_name}", _straight_through, setup_context=_keep_for_backward, lib=_library
+        f"fewbits::{_name}", _straight_through, setup_context=_keep_for_backward, lib=library
     )
 
 
