@@ -4,6 +4,9 @@
 #include <algorithm>
 #include <atomic>
 #include <bit>
+#include <fstream>
+#include <sstream>
+#include <string>
 
 #include "drive.hpp"
 #include "parallel.hpp"
@@ -15,13 +18,33 @@ constexpr int64_t kChunk = 2048;            // elements: 8 KiB as float32
 constexpr int64_t kBeyondCaches = 8 << 20;  // bytes of a result that would push everything else out of the caches
 constexpr int64_t kChunksWorthAThread = 16;
 
-// Asks for pages of 2 MiB: the system makes one in a fifth of the time of the 512 small ones. Not below what malloc
-// takes from the heap, 32 MiB at most, since advice stays with the memory.
+// Bytes of free memory that lies together in 2 MiB or more; 0 where the system does not tell.
+//
+//   /proc/buddyinfo: Node 0, zone   Normal   17   35 …    free blocks of 4 KiB, 8 KiB, … 4 MiB
+int64_t free_in_huge_pages() {
+  constexpr int kHugeOrder = 9;
+  std::ifstream file("/proc/buddyinfo");
+  int64_t bytes = 0;
+  for (std::string line; std::getline(file, line);) {
+    const size_t zone = line.find("zone");
+    if (zone == std::string::npos) continue;
+    std::istringstream fields(line.substr(zone + 4));
+    std::string name;
+    fields >> name;
+    int64_t blocks = 0;
+    for (int order = 0; fields >> blocks; ++order) bytes += order >= kHugeOrder ? blocks * (int64_t{4096} << order) : 0;
+  }
+  return bytes;
+}
+
+// Asks for pages of 2 MiB: the system makes one in a fifth of the time of the 512 small ones, if memory for it lies
+// together. Where it must be brought together first, that takes many times as long, so then nothing is asked for. Not
+// below what malloc takes from the heap, 32 MiB at most, since advice stays with the memory.
 void ask_for_huge_pages([[maybe_unused]] void* to, [[maybe_unused]] int64_t bytes) {
 #if defined(MADV_HUGEPAGE)
   constexpr int64_t kWorthIt = 64 << 20;
   constexpr uintptr_t kPage = 4096;
-  if (bytes < kWorthIt) return;
+  if (bytes < kWorthIt || free_in_huge_pages() < 2 * bytes) return;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(to) + kPage - 1) / kPage * kPage;
   const uintptr_t end = (reinterpret_cast<uintptr_t>(to) + static_cast<uintptr_t>(bytes)) / kPage * kPage;
   madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // refused: small pages as before
@@ -50,18 +73,6 @@ class Place {
   bool past_caches_;
 };
 
-Decoding decoding_of(const Codec& codec) {
-  Decoding how{codec, {}};
-  if (codec.bits > 8) return how;
-  uint8_t codes[256];
-  float values[256];
-  for (int code = 0; code < 256; ++code) codes[code] = static_cast<uint8_t>(code);
-  chosen().kernels->decode_codes(codes, 256, values, codec);
-  for (int code = 0; code < 256; ++code)
-    how.upper_halves[code] = static_cast<uint16_t>(std::bit_cast<uint32_t>(values[code]) >> 16);
-  return how;
-}
-
 // float32 as it is, or 16-bit floats made float32 in the buffer.
 const float* floats(const void* x, const Codec* codec, int64_t first, int64_t count, float* buffer) {
   if (!codec) return static_cast<const float*>(x) + first;
@@ -80,6 +91,18 @@ void in_chunks(int64_t count, int threads, const Work& work) {
 }
 
 }  // namespace
+
+Decoding decoding_of(const Codec& codec) {
+  Decoding how{codec, {}};
+  if (codec.bits > 8) return how;
+  uint8_t codes[256];
+  float values[256];
+  for (int code = 0; code < 256; ++code) codes[code] = static_cast<uint8_t>(code);
+  chosen().kernels->decode_codes(codes, 256, values, codec);
+  for (int code = 0; code < 256; ++code)
+    how.upper_halves[code] = static_cast<uint16_t>(std::bit_cast<uint32_t>(values[code]) >> 16);
+  return how;
+}
 
 void encode(const void* x, const Codec* source, int64_t count, const Rounder& rounder, bool nibbles, bool fresh,
             void* codes, int threads) {
@@ -143,9 +166,8 @@ void round(const void* x, const Codec* source, int64_t count, const Rounder& rou
     alignas(64) float wide[kChunk];
     alignas(64) uint8_t codes[2 * kChunk];
     kernels.encode_floats(floats(x, source, first, n, wide), n, codes, rounder, static_cast<uint64_t>(first));
-    values_to(place, narrow, first, n, [&](float* values, bool past_caches) {
-      kernels.decode(codes, false, n, values, how, past_caches);
-    });
+    values_to(place, narrow, first, n,
+              [&](float* values, bool past_caches) { kernels.decode(codes, false, n, values, how, past_caches); });
   });
 }
 
