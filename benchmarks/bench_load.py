@@ -41,7 +41,9 @@ def main() -> None:
             runs[library].append(run_apart(library, options.model))
     figures = {library: summary(done) for library, done in runs.items()}
     for library, figure in figures.items():
-        print(f"{library}: {figure['seconds']:.2f} s (best of {options.runs}), peak {figure['peak_bytes'] / 1e9:.2f} GB")
+        print(
+            f"{library}: {figure['seconds']:.2f} s (best of {options.runs}), peak {figure['peak_bytes'] / 1e9:.2f} GB"
+        )
     if len(figures) > 1:
         ours, theirs = figures["fewbits"], figures["bitsandbytes"]
         print(

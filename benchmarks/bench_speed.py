@@ -2,11 +2,12 @@
 
     PYTHONPATH=build/peers:build/llama python benchmarks/bench_speed.py BF16_FOLDER [--json FILE] [--only NAME …]
 
-The folder holds a Llama model in bf16 with a tokenizer. What each library runs is made from it first, under build/speed:
+The folder holds a Llama model in bf16 with a tokenizer. What a library runs is made from it first, under build/speed:
 fewbits' int8 and int4, GGUF files for llama.cpp, a CTranslate2 model. Each library then lives in a process of its own,
-which loads its model and waits. In every round each of them reads a prompt of 512 tokens and writes 32 after it, one
-after the other while the others sleep; the best round of each counts. `--apart` loads one model at a time instead, for
-models of which memory does not hold them all. A peer that is not installed is left out, and told.
+which loads its model and waits. In every round each of them reads 512 tokens and writes 32 after it, one after the
+other while the others sleep; the best round of each counts. `--apart` loads one model at a time instead, for models
+of which memory does not hold them all. A peer that is not installed is left out, and told. What the libraries say on
+the way goes to build/speed.log.
 """
 
 from __future__ import annotations
@@ -86,7 +87,8 @@ def main() -> None:
 def start(name: str, model: Path) -> tuple[subprocess.Popen[str], dict[str, Any]]:
     """A process that holds one model; its first line says that it is ready, or why not."""
     command = [sys.executable, "-W", "ignore", __file__, str(model), "--worker", name]
-    worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=open("build/speed.log", "a"), text=True)
+    with Path("build/speed.log").open("a") as log:
+        worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
     return worker, answer_of(worker)
 
 
@@ -128,7 +130,9 @@ def show(report: dict[str, Any]) -> None:
     print(f"{report['model']}: {report['prompt']} tokens of prompt, then {report['new']}; {report['threads']} threads")
     for name, one in figures.items():
         peak = one["peak_bytes"] / 1e9
-        print(f"  {name:24} prefill {one['prefill']:8.1f} tok/s   decode {one['decode']:7.2f} tok/s   peak {peak:5.2f} GB")
+        print(
+            f"  {name:24} prefill {one['prefill']:8.1f} tok/s   decode {one['decode']:7.2f} tok/s   peak {peak:5.2f} GB"
+        )
     for ours, theirs in (("fewbits int8", "llama.cpp Q8_0"), ("fewbits int4", "llama.cpp Q4_0")):
         if ours not in figures:
             continue
@@ -268,7 +272,7 @@ def ctranslate2_int8(model: Path) -> Step:
 
 
 def torchao_compiled(model: Path) -> Step:
-    """torchao's W8A8 with dynamic scales, compiled."""
+    """The W8A8 of torchao with dynamic scales, compiled."""
     import torch
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
     from transformers import AutoModelForCausalLM

@@ -96,7 +96,9 @@ def write(folder: Path, shapes: Shapes, shards: int) -> None:
     weight_map = {}
     for number, part in enumerate(parts, 1):
         file = f"model-{number:05}-of-{len(parts):05}.safetensors"
-        with SafetensorsWriter(folder / file, ((name, torch.bfloat16, shape) for name, shape in part.items())) as writer:
+        with SafetensorsWriter(
+            folder / file, ((name, torch.bfloat16, shape) for name, shape in part.items())
+        ) as writer:
             for name, shape in part.items():
                 writer.write(name, random_weight(name, shape))
                 weight_map[name] = file

@@ -23,7 +23,8 @@ def both(w: torch.Tensor, format_name: str, group: int | None, scales: torch.dty
 def wide(rows: int, columns: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
     """Channels of very different sizes; one of zeros, one of numbers below the smallest normal one, halves of steps."""
     generator = torch.Generator().manual_seed(seed)
-    w = torch.randn(rows, columns, generator=generator) * torch.randn(rows, 1, generator=generator).mul(4).exp().clamp_max(1e3)
+    sizes = torch.randn(rows, 1, generator=generator).mul(4).exp().clamp_max(1e3)
+    w = torch.randn(rows, columns, generator=generator) * sizes
     w[0] = 0
     w[1] = w[1].sign() * 1e-41
     w[2] = torch.arange(columns) % 255 / 2 - 63.5

@@ -114,7 +114,7 @@ def test_a_header_that_lies_is_refused(tmp_path: Path, case: str) -> None:
 METADATA: dict[str, tuple[dict[str, Any], str]] = {
     "architecture": (
         {"metadata": {"general.architecture": "falcon"}},
-        r"architecture 'falcon' is not read from GGUF \(llama, mistral, qwen2, qwen3, phi3, gemma3 are\); use the folder",
+        r"architecture 'falcon' is not read from GGUF \(llama, mistral, qwen2, qwen3, phi3, gemma3 are\); use the",
     ),
     "experts": (
         {"metadata": {"llama.expert_count": 8}},

@@ -13,7 +13,7 @@ from fewbits.models.precision import PRECISIONS
 INT8 = PRECISIONS["int8"]
 
 
-def make(architecture: str = "qwen2", precision: str = "int8", dtype: torch.dtype = torch.bfloat16, **options):  # noqa: ANN
+def make(architecture: str = "qwen2", precision: str = "int8", dtype: torch.dtype = torch.bfloat16, **options):
     model = empty_model(tiny_config(architecture), dtype)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     shapes |= options.pop("extra", {})
@@ -74,6 +74,6 @@ def test_a_pattern_that_keeps_nothing_is_an_error(pattern: str) -> None:
 
 def test_a_model_without_linear_layers_is_refused() -> None:
     model = empty_model(tiny_config("llama"), torch.bfloat16)
+    norm = {"model.norm.weight": (64,)}
     with pytest.raises(FewbitsError, match="has no linear layer to quantize to int8; convert it to bf16 instead"):
-        norm = {"model.norm.weight": (64,)}
         make_manifest(model, norm, places(model, norm), INT8, dtype=torch.bfloat16)

@@ -97,7 +97,7 @@ def convert(
     tokenizer = opened.tokenizer() if _has_tokenizer(opened) else None
     nbytes = sum(row.nbytes for row in manifest)
     layout_module = FOLDER_LAYOUTS[layout]
-    job = FolderJob(opened, layout_module, precision, dtype, manifest, weights, overflow, allow_nonfinite)
+    job = FolderJob(opened, layout_module, precision, dtype, manifest, places, weights, overflow, allow_nonfinite)
     work = fingerprint(opened, to=to, layout=layout, keep=[*keep], overflow=overflow, nonfinite=allow_nonfinite)
     with tight_memory(), staged_folder(out, overwrite=overwrite, nbytes=nbytes, fingerprint=work) as folder:
         if on_manifest is not None:

@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from fewbits.errors import FewbitsError
 from fewbits.models.filling import Progress
 from fewbits.models.manifest import ManifestRow
+from fewbits.models.naming import Place
 from fewbits.models.precision import Precision, cast_weight
 from fewbits.models.quantizable import Weight
 from fewbits.models.quantized_source import QuantizedSource
@@ -32,7 +33,8 @@ from fewbits.models.source import Source
 from fewbits.tensors.cast_report import CastReport, cast_and_report
 from fewbits.tensors.quantized import QuantizedTensor, quantize_weight
 
-_Item, _Made = TypeVar("_Item"), TypeVar("_Made")
+_Item = TypeVar("_Item")
+_Made = TypeVar("_Made")
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class FolderJob:
         precision: What they become, groups fitted.
         dtype: What the rest is stored in, and the scales.
         manifest: What happens to each tensor.
+        places: Where each stored tensor goes in the model.
         weights: Of each tensor that is a quantizable weight, what it is.
         overflow: What a cast does with values beyond the format; None: the format's own rule.
         allow_nonfinite: Whether NaN and Inf may be written where the source has them.
@@ -55,6 +58,7 @@ class FolderJob:
     precision: Precision
     dtype: torch.dtype
     manifest: Sequence[ManifestRow]
+    places: Mapping[str, Place]
     weights: Mapping[str, Weight]
     overflow: str | None
     allow_nonfinite: bool
@@ -67,7 +71,8 @@ class FolderJob:
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         if not self.precision.cast:
-            quantized = {self.weights[row.tensor].module for row in self.manifest if row.reason is None}
+            rows = [row.tensor for row in self.manifest if row.reason is None]
+            quantized = {name.rpartition(".")[0] for row in rows for name in self.places[row].parameters()}
             linears = [name for name, module in model.named_modules() if isinstance(module, (torch.nn.Linear, Conv1D))]
             ignore = [name for name in linears if name not in quantized]
             config.quantization_config = self.layout.quantization_config(self.precision, ignore)
