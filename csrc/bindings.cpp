@@ -137,6 +137,27 @@ NB_MODULE(_native, m) {
       "x"_a, "source"_a.none(), "count"_a, "rounder"_a, "narrow"_a.none(), "fresh"_a, "out"_a, "threads"_a,
       nb::call_guard<nb::gil_scoped_release>());
 
+  nb::class_<fewbits::AdamwFormats>(m, "AdamwFormats")
+      .def("__init__",
+           [](fewbits::AdamwFormats* self, const Rounder& bf16, const Rounder& fp16, const Rounder& bf16_stochastic,
+              const Rounder& codes_stochastic, float largest, float least, float no_scale_below) {
+             new (self)
+                 fewbits::AdamwFormats{bf16, fp16, bf16_stochastic, codes_stochastic, {largest, least, no_scale_below}};
+           });
+  m.def(
+      "adamw",
+      [](uintptr_t tensors, uintptr_t coefficients, int64_t count, const fewbits::AdamwFormats& formats, int threads) {
+        fewbits::adamw(at<const fewbits::AdamwTensor>(tensors), at<const fewbits::AdamwCoefficients>(coefficients),
+                       count, formats, threads);
+      },
+      nb::call_guard<nb::gil_scoped_release>());
+  m.def(
+      "gradient_stats",
+      [](uintptr_t tensors, int64_t count, const fewbits::AdamwFormats& formats, uintptr_t out, int threads) {
+        fewbits::gradient_stats(at<const fewbits::GradientTensor>(tensors), count, formats, at<double>(out), threads);
+      },
+      nb::call_guard<nb::gil_scoped_release>());
+
   m.def(
       "mx_encode",
       [](uintptr_t x, int64_t M, int64_t K, const Rounder& element, int32_t size, int32_t emax, int64_t round_up_above,

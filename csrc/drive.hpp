@@ -37,4 +37,13 @@ void nvfp4_encode(const float* x, int64_t M, int64_t K, Nvfp4Format format, uint
                   int threads);
 float finite_amax(const float* x, int64_t count, int threads);
 
+// A codec with the table of its values, for Kernels::decode.
+Decoding decoding_of(const Codec& codec);
+
+// One optimizer step of `count` parameters; of each gradient: Inf, NaN, largest finite magnitude, sum of squares.
+void adamw(const AdamwTensor* tensors, const AdamwCoefficients* coefficients, int64_t count,
+           const AdamwFormats& formats, int threads);
+void gradient_stats(const GradientTensor* tensors, int64_t count, const AdamwFormats& formats, double* out,
+                    int threads);
+
 }  // namespace fewbits

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "adamw_job.hpp"
 #include "cast_job.hpp"
 #include "panel_weight.hpp"
 
@@ -82,6 +83,15 @@ struct Kernels {
   void (*nvfp4_encode)(const float* x, int64_t count, const Nvfp4Format& format, uint8_t* codes, uint8_t* scales);
   float (*finite_amax)(const float* x, int64_t count);
   void (*pack_nibbles)(const uint8_t* codes, int64_t bytes, uint8_t* packed);
+  // See adamw.hpp: parts of the optimizer's sweep, and the statistics of a gradient.
+  void (*adamw)(const float* g, float* w, float* m, float* v, float* change, int64_t n, const AdamwCoefficients& c);
+  void (*kahan_change)(float* lost, const float* change, const float* w, float* sum, int64_t n);
+  void (*kahan_lost)(float* lost, const float* w, const float* rounded, int64_t n);
+  void (*split_weights)(const float* w, uint16_t* high, uint16_t* low, int64_t n);
+  void (*join_weights)(const uint16_t* high, const uint16_t* low, float* w, int64_t n);
+  float (*scale_block)(const float* x, float* scaled, int64_t n, bool root, const StateCodes& codes);
+  void (*unscale_block)(float* x, int64_t n, float scale, bool root);
+  void (*gradient_stats)(const float* x, int64_t n, GradientStats* out);
   void (*stream_out)(void* to, const void* from, int64_t bytes);
   void (*end_stream)();
 };

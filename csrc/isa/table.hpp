@@ -3,6 +3,7 @@
 // Included once per instruction set. Constant-initialized: loading the library runs no code of a set the CPU lacks.
 #pragma once
 
+#include "../adamw.hpp"
 #include "../block.hpp"
 #include "../cast.hpp"
 #include "../int4_matmul.hpp"
@@ -31,6 +32,14 @@ constexpr fewbits::Kernels table(const char* name) {
       .nvfp4_encode = nvfp4_encode,
       .finite_amax = finite_amax,
       .pack_nibbles = pack_nibbles,
+      .adamw = adamw,
+      .kahan_change = kahan_change,
+      .kahan_lost = kahan_lost,
+      .split_weights = split_weights,
+      .join_weights = join_weights,
+      .scale_block = scale_block,
+      .unscale_block = unscale_block,
+      .gradient_stats = gradient_stats,
       .stream_out = stream_out,
       .end_stream = end_stream,
   };

@@ -48,7 +48,7 @@ def encode(
         return None
     x = x.contiguous()
     native.module().encode(
-        x.data_ptr(), _source(x.dtype), x.numel(), _rounder(fmt, rounding, overflow, key), packed, fresh,
+        x.data_ptr(), _source(x.dtype), x.numel(), rounder_of(fmt, rounding, overflow, key), packed, fresh,
         codes.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return codes
@@ -79,7 +79,7 @@ def round_to(
         return None
     x = x.contiguous()
     native.module().round(
-        x.data_ptr(), _source(x.dtype), x.numel(), _rounder(fmt, rounding, overflow, key), _narrow(x.dtype), fresh,
+        x.data_ptr(), _source(x.dtype), x.numel(), rounder_of(fmt, rounding, overflow, key), _narrow(x.dtype), fresh,
         out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return out
@@ -104,7 +104,7 @@ def mx_encode(
         return False
     x = x.contiguous()
     native.module().mx_encode(
-        x.data_ptr(), *x.shape, _rounder(fmt.element, rounding, Overflow.SATURATE, 0), fmt.block.size, emax,
+        x.data_ptr(), *x.shape, rounder_of(fmt.element, rounding, Overflow.SATURATE, 0), fmt.block.size, emax,
         round_up_above, Format.named(fmt.block.scale).nan_code, codes.data_ptr(), scales.data_ptr(),
         torch.get_num_threads(),
     )  # fmt: skip
@@ -121,7 +121,7 @@ def nvfp4_encode(
     x = x.contiguous()
     levels = [float(fmt.magnitude(code)) for code in range(fmt.max_code + 1)]
     native.module().nvfp4_encode(
-        x.data_ptr(), *x.shape, _rounder(fmt.element, rounding, Overflow.SATURATE, 0),
+        x.data_ptr(), *x.shape, rounder_of(fmt.element, rounding, Overflow.SATURATE, 0),
         _codec(Format.named(fmt.block.scale)), fmt.block.size, levels[-1], tensor_scale,
         tuple((low + high) / 2 for low, high in pairwise(levels)), codes.data_ptr(), scales.data_ptr(),
         torch.get_num_threads(),
@@ -182,7 +182,8 @@ _ORDER = tuple(Rounding)  # the order of enum Rounding in csrc/cast_job.hpp
 
 
 @lru_cache(maxsize=256)
-def _rounder(fmt: Format, rounding: Rounding, overflow: Overflow, key: int) -> Any:
+def rounder_of(fmt: Format, rounding: Rounding, overflow: Overflow, key: int) -> Any:
+    """The compiled description of a rounding."""
     beyond, infinite = overflow_codes(fmt, rounding, overflow)
     return native.module().Rounder(_codec(fmt), _ORDER.index(rounding), beyond, infinite, key)
 
@@ -196,4 +197,4 @@ def _narrow(dtype: torch.dtype) -> Any:
     """The rounder that writes a 16-bit dtype; None for float32."""
     if dtype not in _NAMES:
         return None
-    return _rounder(Format.named(_NAMES[dtype]), Rounding.NEAREST_EVEN, Overflow.IEEE, 0)
+    return rounder_of(Format.named(_NAMES[dtype]), Rounding.NEAREST_EVEN, Overflow.IEEE, 0)

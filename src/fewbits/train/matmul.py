@@ -1,0 +1,169 @@
+"""Low-precision matmuls as hardware computes them: operands in a narrow format, sums in float32, one rounding.
+
+    forward          y  = round(x̂ · ŵᵀ + b̂)        ^: rounded to the operands' format
+    gradient of x    dx = round(ĝ · ŵ)             round: to the format of the results, once
+    gradient of w    dw = round(ĝᵀ · x̂)
+
+On a CPU without fp16 the operands are widened to float32, where products of fp16 numbers are exact: what a tensor
+core computes, up to the order of the sums. bf16 runs natively where the CPU has instructions for it.
+
+Letters: M tokens, K input features, N output features.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from fewbits.formats import Format
+from fewbits.train.recipe import Recipe, is_eight_bit
+from fewbits.train.scaling import AmaxHistory, amax_of, scaled_round
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@cache
+def runs_natively(device: str, dtype: torch.dtype) -> bool:
+    """Whether a matmul of this dtype is as fast as it can be on such a device, and adds up in float32."""
+    if device != "cpu" or dtype == torch.float32:
+        return True
+    return dtype == torch.bfloat16 and bool(torch.cpu._is_avx512_bf16_supported())
+
+
+def product(a: Tensor, b: Tensor, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
+    """Multiply ``[M, K]`` by ``[K, N]`` of one dtype; float32 sums, and the bias, are rounded to ``dtype`` once."""
+    if a.dtype == dtype and runs_natively(a.device.type, dtype):
+        return torch.mm(a, b) if bias is None else torch.addmm(bias.to(dtype), a, b)
+    sums = torch.mm(a.float(), b.float())
+    if bias is not None:
+        sums += bias.to(dtype)
+    return sums.to(dtype)
+
+
+@dataclass
+class Operands:
+    """Rounds what goes into the matmuls of a recipe; weights once a step.
+
+    Attributes:
+        recipe: The formats.
+        history: Of delayed scaling.
+    """
+
+    recipe: Recipe
+    history: AmaxHistory
+
+    def __post_init__(self) -> None:
+        self.dtype = DTYPES[self.recipe.results.name]
+        self._weights: dict[tuple[int, bool], tuple[weakref.ref[Tensor], int, Tensor]] = {}
+        self.both_ways = self.recipe.scaling in ("row", "block")
+
+    def forget_weights(self) -> None:
+        """The weights have changed: round them again when they are next used."""
+        self._weights.clear()
+
+    def replace_weight(self, weight: Tensor, rounded: Tensor) -> None:
+        """The optimizer has made the copy of a weight while it updated it."""
+        self._weights[id(weight), False] = (weakref.ref(weight), weight._version, rounded)
+
+    def copy_of(self, weight: Tensor) -> Tensor | None:
+        """The copy of a weight that is there now, for the optimizer to write into; None if there is none."""
+        held = self._weights.get((id(weight), False))
+        return held[2] if held and held[0]() is weight else None
+
+    def weight(self, weight: Tensor, name: str, transposed: bool) -> Tensor:
+        """The weight ``[N, K]`` as matmuls read it; ``transposed``: with scales for sums over N."""
+        fmt = self.recipe.weights
+        transposed = transposed and self.recipe.scaling == "row" and is_eight_bit(fmt)  # square blocks serve both
+        key = (id(weight), transposed)
+        held = self._weights.get(key)
+        if held and held[0]() is weight and held[1] == weight._version:
+            return held[2]
+        with torch.no_grad():
+            source = weight.detach()
+            if transposed:
+                rounded = self._round(source.t(), fmt, f"{name} weight", True).t()
+            else:
+                rounded = self._round(source, fmt, f"{name} weight", True)
+        if rounded.data_ptr() != weight.data_ptr():
+            self._weights[key] = (weakref.ref(weight), weight._version, rounded)
+        return rounded
+
+    def activation(self, x: Tensor, name: str) -> Tensor:
+        """Activations ``[R, C]`` as a matmul over C reads them."""
+        return self._round(x, self.recipe.activations, f"{name} activation", False)
+
+    def gradient(self, g: Tensor, name: str) -> Tensor:
+        """Gradients ``[R, C]`` as a matmul over C reads them."""
+        return self._round(g, self.recipe.gradients, f"{name} gradient", False)
+
+    def _round(self, x: Tensor, fmt: Format, key: str, square: bool) -> Tensor:
+        if not is_eight_bit(fmt):
+            return x.to(self.dtype)
+        if x.numel() == 0:
+            return x.bfloat16()
+        scaling = self.recipe.scaling or "tensor"
+        delayed = scaling == "delayed"
+        amax = amax_of(x, "tensor" if delayed else scaling, square)
+        if delayed:
+            amax = self.history.scale_amax(key, amax)
+        return scaled_round(x, fmt, amax, square)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, operands: Operands, name: str) -> Tensor:
+        tokens = x.reshape(-1, x.shape[-1]).to(operands.dtype)  # [M, K]
+        rounded = operands.activation(tokens, name)
+        held = operands.weight(weight, name, transposed=False)  # [N, K]
+        y = product(*_alike(rounded, held.t()), operands.dtype, bias)
+        ctx.operands, ctx.name, ctx.x_dtype, ctx.x_shape = operands, name, x.dtype, x.shape
+        # Where scales run along the sums, the backward pass rounds anew, along other sums.
+        ctx.save_for_backward(tokens if operands.both_ways else rounded, weight)
+        return y.view(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
+        operands, name = ctx.operands, ctx.name
+        x, weight = ctx.saved_tensors
+        g = gradients[0].reshape(-1, gradients[0].shape[-1]).to(operands.dtype)  # [M, N]
+        dx = dw = db = None
+        rounded = operands.gradient(g, name)
+        if ctx.needs_input_grad[0]:
+            held = operands.weight(weight, name, transposed=True)
+            dx = product(*_alike(rounded, held), operands.dtype).view(ctx.x_shape).to(ctx.x_dtype)
+        if ctx.needs_input_grad[1]:
+            gt = operands.gradient(g.t(), name) if operands.both_ways else rounded.t()
+            xt = operands.activation(x.t(), name).t() if operands.both_ways else x
+            dw = product(*_alike(gt, xt), operands.dtype)
+        if ctx.needs_input_grad[2]:
+            db = g.sum(0, dtype=torch.float32)
+        return dx, dw, db, None, None
+
+
+def _alike(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Two operands of one dtype: the wider one's, which holds both."""
+    if a.dtype == b.dtype:
+        return a, b
+    return a.float(), b.float()
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, operands: Operands, name: str) -> Tensor:
+    """``x · wᵀ + b`` by a recipe.
+
+    Args:
+        x: ``[..., K]``, any float dtype.
+        weight: The master weight, float32 ``[N, K]``, or bfloat16 where masters are kept so.
+        bias: ``[N]`` or None.
+        operands: Rounds by the recipe, and holds the rounded weights.
+        name: Of the weight; delayed scaling keeps its history under it.
+
+    Returns:
+        ``[..., N]`` in the format of the results. Inf and NaN behave as in IEEE arithmetic; an 8-bit operand that has
+        one makes the whole result NaN.
+    """
+    return cast(Tensor, _Linear.apply(x, weight, bias, operands, name))  # type: ignore[no-untyped-call]
