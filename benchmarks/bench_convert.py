@@ -70,7 +70,7 @@ def convert_once(source: str, out: Path, to: str) -> dict[str, float]:
 
     import fewbits
     from fewbits.measure.memory import peak_resident_bytes, resident_bytes
-    from fewbits.models.load import empty_model
+    from fewbits.models.architecture import empty_model
     from fewbits.models.source import open_source
 
     convert = fewbits.convert

@@ -80,7 +80,7 @@ def load_once(library: str, model: str) -> dict[str, float]:
     load: Any
     if library == "fewbits":
         import fewbits
-        from fewbits.models.load import empty_model
+        from fewbits.models.architecture import empty_model
         from fewbits.models.source import open_source
 
         empty_model(open_source(model).config, torch.bfloat16)  # imports the model's code

@@ -21,7 +21,7 @@ import sys
 from pathlib import Path
 import torch
 from fewbits.measure.memory import peak_resident_bytes, resident_bytes
-from fewbits.models.load import empty_model
+from fewbits.models.architecture import empty_model
 from fewbits.models.source import open_source
 from fewbits.quantize.convert import convert
 source, out = sys.argv[1:]

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig
 
-from fewbits.models.load import empty_model
+from fewbits.models.architecture import empty_model
 from fewbits.models.safetensors_writer import SafetensorsWriter
 
 Shapes = dict[str, tuple[int, ...]]

@@ -5,7 +5,7 @@ import torch
 from tiny_gguf import tiny_config
 
 from fewbits.errors import FewbitsError
-from fewbits.models.load import empty_model
+from fewbits.models.architecture import empty_model
 from fewbits.models.manifest import ManifestRow, make_manifest
 from fewbits.models.naming import places
 from fewbits.models.precision import PRECISIONS

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import fewbits
-from fewbits.models.load import empty_model
+from fewbits.models.architecture import empty_model
 from fewbits.models.safetensors_writer import SafetensorsWriter
 from fewbits.models.source import open_source
 from models.tiny_gguf import TinyGguf, tiny_config

@@ -29,7 +29,7 @@ KILL = """
 import os, signal, sys
 from pathlib import Path
 import fewbits, torch
-from fewbits.models.load import empty_model
+from fewbits.models.architecture import empty_model
 from fewbits.models.resumable import Resumable
 from fewbits.models.safetensors_writer import SafetensorsWriter
 from fewbits.models.source import open_source

@@ -94,8 +94,8 @@ class Subject:
         if self.precision is not None:
             return self.precision
         if not isinstance(self.model, nn.Module):
-            from fewbits.models.load import stored_precision
             from fewbits.models.source import open_source
+            from fewbits.models.stored_dtype import stored_precision
 
             stored = stored_precision(open_source(self.model))
             if stored is not None:

@@ -15,9 +15,9 @@ from pathlib import Path
 
 from fewbits.errors import FewbitsError, OverflowWarning
 from fewbits.models.allocation import tight_memory
+from fewbits.models.architecture import auto_class_of, empty_model
 from fewbits.models.filling import Progress
 from fewbits.models.layouts.gguf import gguf_type
-from fewbits.models.load import auto_class_of, empty_model, nominal_dtype
 from fewbits.models.manifest import ManifestRow, fitted, make_manifest
 from fewbits.models.naming import check_tensors
 from fewbits.models.precision import TORCH_DTYPES, Precision, precision_named
@@ -26,6 +26,7 @@ from fewbits.models.quantized_source import FOLDER_LAYOUTS, QuantizedSource, as_
 from fewbits.models.resumable import fingerprint
 from fewbits.models.source import Source, open_source
 from fewbits.models.staging import MARK, staged_folder
+from fewbits.models.stored_dtype import nominal_dtype
 from fewbits.quantize.conversion import Conversion, told_rounding
 from fewbits.quantize.folder_job import FolderJob
 from fewbits.quantize.to_gguf import convert_to_gguf
