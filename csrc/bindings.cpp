@@ -16,7 +16,10 @@ static T* at(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
+void bind_decoder(nb::module_& m);  // bindings_decoder.cpp
+
 NB_MODULE(_native, m) {
+  bind_decoder(m);
   m.def("isa", [] { return fewbits::chosen().kernels->name; });
   m.def("reason", [] { return fewbits::chosen().reason; });
   m.def("has_pool", &fewbits::has_pool);

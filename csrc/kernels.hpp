@@ -7,6 +7,7 @@
 
 #include "adamw_job.hpp"
 #include "cast_job.hpp"
+#include "decoder.hpp"
 #include "panel_weight.hpp"
 
 namespace fewbits {
@@ -71,6 +72,16 @@ struct Kernels {
   void (*int4_matmul)(const Int4Matmul& job, int64_t begin, int64_t end);
   void (*weight_only_pack_rows)(const WeightOnlyMatmul& job, int64_t begin, int64_t end);
   void (*weight_only_matmul)(const WeightOnlyMatmul& job, int64_t begin, int64_t end);
+  // Parts of a decoder layer (decoder.hpp): rows, units, tokens by group, positions, units.
+  void (*make_tokens)(const Rows& rows, const Tokens& tokens, float* scratch, int64_t begin, int64_t end);
+  void (*linear)(const Linear& job, int64_t begin, int64_t end);
+  void (*fill_caches)(const Attention& job, int64_t begin, int64_t end);
+  void (*attend_few)(const Attention& job, int64_t b, int64_t g, int64_t from, int64_t to, float* scratch,
+                     const Partial& partial);
+  void (*merge_partials)(const Partial* partials, int64_t count, int64_t row, int64_t D, float* out);
+  int64_t (*attention_units)(const Attention& job);
+  int64_t (*attention_scratch)(const Attention& job);  // floats
+  void (*attend_block)(const Attention& job, int64_t unit, float* scratch);
   // float32 -> codes, position of the first one in its tensor; codes -> float32, and the bits that
   // any code has; memcpy past the caches, and the wait that ends it.
   void (*encode_floats)(const float* x, int64_t count, void* codes, const Rounder& rounder, uint64_t position);

@@ -1,6 +1,12 @@
 #include "parallel.hpp"
 
 #include <dlfcn.h>
+#include <pthread.h>
+#include <sched.h>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 namespace fewbits {
 namespace {
@@ -27,11 +33,35 @@ struct Job {
   const std::function<void(int64_t, int64_t)>& work;
 };
 
+struct Team {
+  const std::function<void(const Member&)>& work;
+  Member::Meeting meeting;
+};
+
+// A forked process has the pool's data but none of its threads: work given to them would never be done.
+bool used = false, lost = false;
+
+bool has_threads() {
+  static const bool watched = pthread_atfork(nullptr, nullptr, [] { lost = used; }) == 0;
+  return watched && !lost && has_pool();
+}
+
+void relax() {
+#if defined(__x86_64__)
+  _mm_pause();
+#endif
+}
+
 void run_part(void* data) {
   const Job& job = *static_cast<Job*>(data);
   const int64_t thread = pool().thread(), threads = pool().threads();
   const int64_t begin = job.count * thread / threads, end = job.count * (thread + 1) / threads;
   if (begin < end) job.work(begin, end);
+}
+
+void run_member(void* data) {
+  Team& team = *static_cast<Team*>(data);
+  team.work(Member(pool().thread(), pool().threads(), team.meeting));
 }
 
 }  // namespace
@@ -40,12 +70,36 @@ bool has_pool() { return pool().parallel && pool().thread && pool().threads; }
 
 void parallel_ranges(int threads, int64_t count, const std::function<void(int64_t, int64_t)>& work) {
   if (threads > count) threads = static_cast<int>(count);
-  if (threads <= 1 || !has_pool()) {
+  if (threads <= 1 || !has_threads()) {
     if (count > 0) work(0, count);
     return;
   }
   Job job{count, work};
+  used = true;
   pool().parallel(run_part, &job, static_cast<unsigned>(threads), 0);
+}
+
+void Member::meet() const {
+  constexpr int kSpins = 20000;  // some 0.2 ms; by then a thread that is waited for has lost its core
+  const int round = meeting_.round.load(std::memory_order_relaxed);
+  if (meeting_.arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == count) {
+    meeting_.arrived.store(0, std::memory_order_relaxed);
+    meeting_.round.store(round + 1, std::memory_order_release);
+    return;
+  }
+  for (int spins = 0; meeting_.round.load(std::memory_order_acquire) == round; ++spins) {
+    if (spins < kSpins)
+      relax();
+    else
+      sched_yield();
+  }
+}
+
+void parallel_team(int threads, const std::function<void(const Member&)>& work) {
+  Team team{work, {}};
+  if (threads <= 1 || !has_threads()) return work(Member(0, 1, team.meeting));
+  used = true;
+  pool().parallel(run_member, &team, static_cast<unsigned>(threads), 0);
 }
 
 }  // namespace fewbits

@@ -4,10 +4,12 @@
 #pragma once
 
 #include "../adamw.hpp"
+#include "../attention_block.hpp"
 #include "../block.hpp"
 #include "../cast.hpp"
 #include "../int4_matmul.hpp"
 #include "../int8_matmul.hpp"
+#include "../linear.hpp"
 #include "../quantize_per_token.hpp"
 #include "../quantize_weight.hpp"
 #include "../weight_only_matmul.hpp"
@@ -25,6 +27,14 @@ constexpr fewbits::Kernels table(const char* name) {
       .int4_matmul = int4_matmul,
       .weight_only_pack_rows = weight_only_pack_rows,
       .weight_only_matmul = weight_only_matmul,
+      .make_tokens = make_tokens,
+      .linear = linear,
+      .fill_caches = fill_caches,
+      .attend_few = attend_few,
+      .merge_partials = merge_partials,
+      .attention_units = attention_units,
+      .attention_scratch = attention_scratch,
+      .attend_block = attend_block,
       .encode_floats = encode_floats,
       .decode_codes = decode_codes,
       .decode = decode,

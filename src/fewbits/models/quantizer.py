@@ -14,6 +14,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from fewbits.errors import FewbitsError
 from fewbits.models.experts import QuantExperts
+from fewbits.models.fused import fuse
 from fewbits.models.layouts import compressed_tensors
 from fewbits.models.linear import QuantHead, QuantLinear, cast_to_weight, keep_compute_dtype
 from fewbits.models.offload import placed_like, weight_of
@@ -109,6 +110,7 @@ class FewbitsQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is no
             linears.append(head.removesuffix(".weight"))
         self.quantization_config.ignore = linears
         model.requires_grad_(False)
+        fuse(model)
 
     def get_state_dict_and_metadata(
         self, model: transformers.PreTrainedModel

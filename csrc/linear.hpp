@@ -1,0 +1,66 @@
+// A linear layer on tokens, with what follows it done while its results are in registers: bias, residual, gate.
+//
+// Included once per instruction set, hence the anonymous namespace.
+#pragma once
+
+#include <algorithm>
+
+#include "decoder.hpp"
+#include "int8_matmul.hpp"
+#include "vector.hpp"
+
+namespace {
+
+// The tile `tile` of tokens by panel `panel` of a weight: out [rows, kPanelChannels], scales and bias applied.
+void linear_tile(const fewbits::Weight& weight, const fewbits::Tokens& tokens, int64_t panel, int64_t tile,
+                 float* out) {
+  alignas(64) int32_t sums[fewbits::kPanelRows * fewbits::kPanelChannels];
+  alignas(64) float scales[fewbits::kPanelChannels] = {}, bias[fewbits::kPanelChannels] = {};
+  const int64_t rows = tokens.rows_of(tile), first = panel * fewbits::kPanelChannels;
+  const int64_t channels = std::min(fewbits::kPanelChannels, weight.N - first);
+  std::memcpy(scales, weight.scales + first, static_cast<size_t>(channels) * sizeof(float));
+  if (weight.bias) std::memcpy(bias, weight.bias + first, static_cast<size_t>(channels) * sizeof(float));
+  const int64_t panel_bytes = fewbits::kHeaderBytes + tokens.steps() * fewbits::kStepBytes;
+  sums_of_rows(tokens.tile(tile), weight.packed + panel * panel_bytes, tokens.steps(), rows, sums);
+  for (int64_t r = 0; r < rows; ++r) {
+    const float token_scale = tokens.scales[tile * fewbits::kPanelRows + r];
+    for (int64_t n = 0; n < fewbits::kPanelChannels; ++n) {
+      const int64_t at = r * fewbits::kPanelChannels + n;
+      out[at] = static_cast<float>(sums[at]) * token_scale * scales[n] + bias[n];
+    }
+  }
+}
+
+// Units [begin, end) of a job, counted panel by panel, row tile by row tile.
+void linear(const fewbits::Linear& job, int64_t begin, int64_t end) {
+  constexpr int64_t kTile = fewbits::kPanelRows * fewbits::kPanelChannels;
+  alignas(64) float found[kTile], second[kTile];
+  const int64_t row_tiles = job.tokens.row_tiles();
+  for (int64_t index = begin; index < end; ++index) {
+    const int64_t tile = index % row_tiles, rows = job.tokens.rows_of(tile);
+    int64_t panel = index / row_tiles, offset = 0;
+    const fewbits::Weight* weight = job.weights;
+    for (; panel >= weight->panels(); ++weight) {
+      panel -= weight->panels();
+      offset += weight->N;
+    }
+    linear_tile(*weight, job.tokens, panel, tile, found);
+    if (job.gated) {
+      linear_tile(weight[1], job.tokens, panel, tile, second);
+      for (int64_t at = 0; at < rows * fewbits::kPanelChannels; at += kWidth)
+        store(found + at, silu(load(found + at)) * load(second + at));
+    }
+    const int64_t first = panel * fewbits::kPanelChannels;
+    const int64_t channels = std::min(fewbits::kPanelChannels, weight->N - first);
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t at = (tile * fewbits::kPanelRows + r) * job.stride + offset + first;
+      const float* of_row = found + r * fewbits::kPanelChannels;
+      if (job.residual)
+        for (int64_t n = 0; n < channels; ++n) job.out[at + n] = job.residual[at + n] + of_row[n];
+      else
+        std::memcpy(job.out + at, of_row, static_cast<size_t>(channels) * sizeof(float));
+    }
+  }
+}
+
+}  // namespace
