@@ -37,18 +37,31 @@ bool quantize_weight(const WeightJob& job, int threads) {
 void pack_int8(const int8_t* weight, int64_t N, int64_t K, int8_t* packed, int threads) {
   const int64_t steps = ceil_div(K, kGroup), panel_bytes = kHeaderBytes + steps * kStepBytes;
   parallel_ranges(useful_threads(N * K, threads), ceil_div(N, kChannels), [&](int64_t begin, int64_t end) {
+    constexpr int64_t kBlock = 64;
+    int8_t lines[kChannels * kBlock];
     for (int64_t index = begin; index < end; ++index) {
       int8_t* panel = packed + index * panel_bytes;
       std::memset(panel, 0, static_cast<size_t>(panel_bytes));
       const int64_t first = index * kChannels, channels = std::min(kChannels, N - first);
+      for (int64_t k = 0; k < K; k += kBlock) {  // a cache line of each channel, then the steps that they make
+        const int64_t present = std::min(kBlock, K - k);
+        for (int64_t n = 0; n < channels; ++n) {
+          const int8_t* from = weight + (first + n) * K + k;
+          if (present == kBlock) {
+            std::memcpy(lines + n * kBlock, from, kBlock);
+          } else {
+            std::memset(lines + n * kBlock, 0, kBlock);
+            std::memcpy(lines + n * kBlock, from, static_cast<size_t>(present));
+          }
+        }
+        int8_t* to = panel + kHeaderBytes + k / kGroup * kStepBytes;
+        for (int64_t s = 0; s < present; s += kGroup, to += kStepBytes) {
+          for (int64_t n = 0; n < channels; ++n) std::memcpy(to + n * kGroup, lines + n * kBlock + s, kGroup);
+        }
+      }
       for (int64_t n = 0; n < channels; ++n) {
         const int8_t* row = weight + (first + n) * K;
-        int8_t* to = panel + kHeaderBytes + n * kGroup;
         int32_t sum = 0;
-        for (int64_t s = 0; s < steps; ++s) {
-          const int64_t present = std::min(kGroup, K - s * kGroup);
-          std::memcpy(to + s * kStepBytes, row + s * kGroup, static_cast<size_t>(present));
-        }
         for (int64_t k = 0; k < K; ++k) sum += row[k];
         sum *= 128;
         std::memcpy(panel + n * static_cast<int64_t>(sizeof sum), &sum, sizeof sum);

@@ -20,6 +20,7 @@ def quantize_weight(
     lowest: int,
     largest: int,
     packed: bool,
+    threads: int | None = None,
 ) -> bool:
     """Fill codes and scales, if there is a kernel for it.
 
@@ -32,6 +33,7 @@ def quantize_weight(
         lowest: The least code.
         largest: The greatest code.
         packed: Whether two codes lie in a byte.
+        threads: How many work on it; None: as many as torch uses.
 
     Returns:
         False if there is no kernel for these dtypes, or a weight or scale was not finite: nothing is filled then that
@@ -46,7 +48,7 @@ def quantize_weight(
     exact = scales if scales.dtype == torch.float32 else scales.float()
     bad = native.module().quantize_weight(
         weight.data_ptr(), *weight.shape, group_size, weight.dtype == torch.bfloat16, scales.dtype == torch.bfloat16,
-        packed, divisor, lowest, largest, codes.data_ptr(), exact.data_ptr(), torch.get_num_threads(),
+        packed, divisor, lowest, largest, codes.data_ptr(), exact.data_ptr(), threads or torch.get_num_threads(),
     )  # fmt: skip
     if bad:
         return False

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from types import EllipsisType
 
 import torch
 import transformers
 from torch import Tensor
+from transformers.core_model_loading import dot_natural_key
 
 from fewbits.errors import FewbitsError
 from fewbits.models.naming import Place, conversion_keeps_rows, converted
@@ -96,30 +98,57 @@ def quantized_tensors(
         else:
             together[place.parameter][name] = place
     maker = _Maker(reader, plan, empty)
-    for stored in together.values():
-        made = _Once(partial(maker.make, stored))
-        for parameter in next(iter(stored.values())).parameters():
-            for name in (parameter, f"{parameter}_scale"):
-                tensors[name] = LazyTensor(partial(made.take, name))
+    pool = ThreadPoolExecutor(max(1, torch.get_num_threads()), thread_name_prefix="fewbits-fill")
+    made = [
+        _Once(partial(maker.make, stored), next(iter(stored.values())).parameters(), pool)
+        for stored in together.values()
+    ]
+    _look_ahead(made)
+    for one in made:
+        for name in one.names:
+            tensors[name] = LazyTensor(partial(one.take, name))
     return tensors
 
 
 class _Once:
     """Makes tensors when one of them is first asked for, and forgets each when it has given it.
 
-    Several threads may ask.
+    Those that will be asked for next are then begun by the threads beside. Several threads may ask.
     """
 
-    def __init__(self, make: Callable[[], dict[str, Tensor]]) -> None:
+    def __init__(
+        self, make: Callable[[], dict[str, Tensor]], parameters: Iterable[str], pool: ThreadPoolExecutor
+    ) -> None:
+        self._pool = pool
+        self.names = [name for parameter in parameters for name in (parameter, f"{parameter}_scale")]
+        self.next: list[_Once] = []
         self._make = make
+        self._made: Future[dict[str, Tensor]] | None = None
         self._left: dict[str, Tensor] = {}
         self._lock = threading.Lock()
 
     def take(self, name: str) -> Tensor:
+        """One of the tensors, made now if it was not begun."""
         with self._lock:
             if not self._left:
-                self._left = self._make()
+                self.begin()
+                for other in self.next:
+                    other.begin()
+                assert self._made is not None
+                self._left, self._made = self._made.result(), None
             return self._left.pop(name)
+
+    def begin(self) -> None:
+        """Have the tensors made by a thread beside, if that was not asked for already."""
+        if self._made is None and not self._left:
+            self._made = self._pool.submit(self._make)
+
+
+def _look_ahead(made: list[_Once]) -> None:
+    """Let each one begin those after it, as many as there are threads, in the order in which transformers asks."""
+    made = sorted(made, key=lambda one: dot_natural_key(one.names[0]))
+    for index, one in enumerate(made):
+        one.next = made[index + 1 : index + 1 + torch.get_num_threads()]
 
 
 class _Maker:
@@ -169,7 +198,7 @@ def _quantize(
 ) -> QuantizedTensor:
     *lead, K = rows.shape
     try:
-        weight = quantize_weight(rows.reshape(-1, K), format_name, group_size=group_size, scale_dtype=kept)
+        weight = quantize_weight(rows.reshape(-1, K), format_name, group_size=group_size, scale_dtype=kept, threads=1)
     except FewbitsError as error:
         raise FewbitsError(f"{source.path}: {name}: {error}") from None
     return weight.view(*lead)

@@ -100,7 +100,12 @@ def quantize_per_channel(weight: Tensor, *, scale_dtype: torch.dtype = torch.flo
 
 
 def quantize_weight(
-    weight: Tensor, format_name: str, *, group_size: int | None = None, scale_dtype: torch.dtype = torch.float32
+    weight: Tensor,
+    format_name: str,
+    *,
+    group_size: int | None = None,
+    scale_dtype: torch.dtype = torch.float32,
+    threads: int | None = None,
 ) -> QuantizedTensor:
     """Quantize a weight, each value to the nearest code (halves to even).
 
@@ -114,6 +119,7 @@ def quantize_weight(
         format_name: ``int8``, ``int4``, ``e4m3fn`` or ``nf4``.
         group_size: Input features that share a scale; it divides K. None: all of a channel.
         scale_dtype: float32, bfloat16 or float16.
+        threads: How many work on it where there is a kernel; None: as many as torch uses.
 
     Raises:
         FewbitsError: If the weight holds NaN or Inf, a scale is beyond ``scale_dtype``, it is not a matrix, or K is
@@ -127,7 +133,7 @@ def quantize_weight(
     scales = torch.empty((N, G), dtype=scale_dtype, device=weight.device)
     if format_name in _CODE_RANGE and kernel.quantize_weight(
         weight, codes, scales, group_size=K // G, divisor=_DIVISOR[format_name], lowest=_CODE_RANGE[format_name][0],
-        largest=_CODE_RANGE[format_name][1], packed=is_packed(format_name),
+        largest=_CODE_RANGE[format_name][1], packed=is_packed(format_name), threads=threads,
     ):  # fmt: skip
         return QuantizedTensor(codes, scales, format_name)
     for start, rows in _pieces(weight):
