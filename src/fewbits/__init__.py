@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from fewbits.tensors.cast import decode as decode
     from fewbits.tensors.cast import encode as encode
     from fewbits.tensors.cast import round_to as round_to
+    from fewbits.train.mixed_precision import MixedPrecision as MixedPrecision
+    from fewbits.train.recipe import LossScaling as LossScaling
+    from fewbits.train.recipe import Recipe as Recipe
 
 _HOMES = {
     "AutoModel": "fewbits.models.load",
@@ -27,6 +30,9 @@ _HOMES = {
     "BlockCodes": "fewbits.tensors.block",
     "FewbitsError": "fewbits.errors",
     "Format": "fewbits.formats",
+    "LossScaling": "fewbits.train.recipe",
+    "MixedPrecision": "fewbits.train.mixed_precision",
+    "Recipe": "fewbits.train.recipe",
     "compare": "fewbits.measure.compare",
     "convert": "fewbits.quantize.convert",
     "decode": "fewbits.tensors.cast",

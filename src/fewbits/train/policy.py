@@ -13,7 +13,8 @@ Linear layers named in the recipe's `keep` run in the format `kept`. A dtype giv
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -71,6 +72,25 @@ class Policy(TorchFunctionMode):
         )  # fmt: skip
         self.kept = Operands(kept, self.history)
         self._weights = weights
+        self.active = False
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """Be on in this context; no more so if it is on already."""
+        if self.active:
+            yield
+            return
+        self.active = True
+        try:
+            with self:
+                yield
+        finally:
+            self.active = False
+
+    def forget_weights(self) -> None:
+        """The weights have changed: round them again when they are next used."""
+        self.operands.forget_weights()
+        self.kept.forget_weights()
 
     def operands_of(self, weight: Tensor) -> Operands | None:
         """What rounds for a weight of a linear layer; None for other tensors."""

@@ -57,10 +57,10 @@ def scaled_round(x: Tensor, fmt: Format, amax: Tensor, square: bool) -> Tensor:
         bfloat16 ``[R, C]``.
     """
     exponents = _exponents(amax, fmt)
-    if amax.ndim == 2 and amax.shape[-1] != 1:
+    if amax.ndim == 2 and amax.shape[1] > 1:
         exponents = exponents.repeat_interleave(BLOCK, 1)[:, : x.shape[1]]
-        if square:
-            exponents = exponents.repeat_interleave(BLOCK, 0)[: x.shape[0]]
+    if square and amax.ndim == 2 and amax.shape[0] != x.shape[0]:
+        exponents = exponents.repeat_interleave(BLOCK, 0)[: x.shape[0]]
     up = torch.exp2(exponents)
     scaled = (x * up).bfloat16() if x.dtype == torch.bfloat16 else x * up
     rounded = round_to(scaled, fmt, overflow="saturate").bfloat16()
