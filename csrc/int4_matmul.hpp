@@ -85,32 +85,43 @@ void int4_block(const Int4Block& block) {
   const uint8_t* words = block.panel + block.first * fewbits::kWordBytes;
   const int8_t* tile = block.tile;
   const char* scales = static_cast<const char*>(block.scales);
+#pragma GCC unroll 12
   for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 12
     for (int v = 0; v < kBlockVectors; ++v)
       store_floats(block.totals + r * kPanelChannels + block.first + v * kVectorWords, same_float(0));
   for (int64_t g = 0; g < weight.G; ++g, scales += scale_bytes) {
     Words sums[Rows][kBlockVectors];
+#pragma GCC unroll 12
     for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 12
       for (int v = 0; v < kBlockVectors; ++v) sums[r][v] = same_word(block.sums[g * block.stride + r]);
     if constexpr (Rows <= 2) prefetch(scales + 4 * scale_bytes);
     for (int64_t s = 0; s < weight.words; ++s, words += kPanelStep, tile += block.stride * 8) {
       Words nibbles[kBlockVectors];
+#pragma GCC unroll 12
       for (int v = 0; v < kBlockVectors; ++v) {
         if constexpr (Rows <= 2) prefetch(words + kAhead + v * kVectorWords * fewbits::kWordBytes);
         nibbles[v] = load_words(words + v * kVectorWords * fewbits::kWordBytes);
       }
       Words bytes[kBlockVectors];
+#pragma GCC unroll 12
       for (int v = 0; v < kBlockVectors; ++v) bytes[v] = masked_flipped(nibbles[v], low_half, upper_bits);
+#pragma GCC unroll 12
       for (int r = 0; r < Rows; ++r)
-        for (int v = 0; v < kBlockVectors; ++v)
-          sums[r][v] = dot(sums[r][v], bytes[v], same_word(word_at(tile + r * 8)));
+#pragma GCC unroll 12
+        for (int v = 0; v < kBlockVectors; ++v) sums[r][v] = dot(sums[r][v], bytes[v], tile + r * 8);
+#pragma GCC unroll 12
       for (int v = 0; v < kBlockVectors; ++v) bytes[v] = masked_flipped(down<4>(nibbles[v]), low_half, upper_bits);
+#pragma GCC unroll 12
       for (int r = 0; r < Rows; ++r)
-        for (int v = 0; v < kBlockVectors; ++v)
-          sums[r][v] = dot(sums[r][v], bytes[v], same_word(word_at(tile + r * 8 + 4)));
+#pragma GCC unroll 12
+        for (int v = 0; v < kBlockVectors; ++v) sums[r][v] = dot(sums[r][v], bytes[v], tile + r * 8 + 4);
     }
+#pragma GCC unroll 12
     for (int v = 0; v < kBlockVectors; ++v) {
       const Floats scale = load_scales(scales, weight.bf16_scales, block.first + v * kVectorWords);
+#pragma GCC unroll 12
       for (int r = 0; r < Rows; ++r) {
         float* total = block.totals + r * kPanelChannels + block.first + v * kVectorWords;
         store_floats(total, add(load_floats(total), multiply(to_floats(sums[r][v]), scale)));

@@ -64,8 +64,12 @@ inline Words load_halves_up(const uint16_t* from) {
 inline Words masked_flipped(Words words, Words mask, Words flipped) {
   return _mm512_ternarylogic_epi32(words, mask, flipped, 0x6A);
 }
-// sums + Σ of four products, of bytes 0 … 15 and signed bytes
-inline Words dot(Words sums, Words nibbles, Words bytes) { return _mm512_dpbusd_epi32(sums, nibbles, bytes); }
+// sums + Σ of four products, of bytes 0 … 15 and the signed bytes of one word for all lanes. Not the intrinsic: GCC 12
+// copies its sums between registers and to memory, and does not broadcast from memory in the instruction.
+inline Words dot(Words sums, Words nibbles, const void* word) {
+  asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sums) : "v"(nibbles), "m"(*static_cast<const int32_t*>(word)));
+  return sums;
+}
 
 struct Table16 {
   explicit Table16(const float* values) : all(_mm512_loadu_ps(values)) {}
@@ -109,8 +113,8 @@ inline Words masked_flipped(Words words, Words mask, Words flipped) {
   return _mm256_xor_si256(both(words, mask), flipped);
 }
 // The 16-bit sums of two products are at most 2 · 15 · 128: they do not saturate.
-inline Words dot(Words sums, Words nibbles, Words bytes) {
-  const Words pairs = _mm256_maddubs_epi16(nibbles, bytes);
+inline Words dot(Words sums, Words nibbles, const void* word) {
+  const Words pairs = _mm256_maddubs_epi16(nibbles, same_word(word_at(word)));
   return _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
 
@@ -154,9 +158,8 @@ inline Words down_signed(Words word) {
 }
 inline Words load_halves_up(const uint16_t* from) { return static_cast<int32_t>(uint32_t{*from} << 16); }
 inline Words masked_flipped(Words word, Words mask, Words flipped) { return (word & mask) ^ flipped; }
-inline Words dot(Words sum, Words nibbles, Words bytes) {
-  for (int shift = 0; shift < 32; shift += 8)
-    sum += static_cast<uint8_t>(nibbles >> shift) * static_cast<int8_t>(bytes >> shift);
+inline Words dot(Words sum, Words nibbles, const void* word) {
+  for (int i = 0; i < 4; ++i) sum += (nibbles >> 8 * i & 15) * static_cast<const int8_t*>(word)[i];
   return sum;
 }
 

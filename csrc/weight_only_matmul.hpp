@@ -121,26 +121,35 @@ void float_block(const FloatBlock& block) {
   const uint8_t* words = block.panel + block.first * fewbits::kWordBytes;
   const float* tile = block.tile;
   const char* scales = static_cast<const char*>(block.scales);
+#pragma GCC unroll 12
   for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 12
     for (int v = 0; v < kBlockVectors; ++v)
       store_floats(block.totals + r * kPanelChannels + block.first + v * kVectorWords, same_float(0));
   for (int64_t g = 0; g < weight.G; ++g, scales += scale_bytes) {
     Floats sums[kParts][Rows][kBlockVectors];
-    for (auto& part : sums)
-      for (auto& row : part)
-        for (auto& sum : row) sum = same_float(0);
+#pragma GCC unroll 12
+    for (int part = 0; part < kParts; ++part)
+#pragma GCC unroll 12
+      for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 12
+        for (int v = 0; v < kBlockVectors; ++v) sums[part][r][v] = same_float(0);
     if constexpr (Rows <= 2) prefetch(scales + 4 * scale_bytes);
     for (int64_t s = 0; s < weight.words; ++s, words += kPanelStep) {
       Words codes[kBlockVectors];
+#pragma GCC unroll 12
       for (int v = 0; v < kBlockVectors; ++v) {
         if constexpr (Rows <= 2) prefetch(words + kAhead + v * kVectorWords * fewbits::kWordBytes);
         codes[v] = load_words(words + v * kVectorWords * fewbits::kWordBytes);
       }
       const auto feature = [&]<int I>() {
         Floats values[kBlockVectors];
+#pragma GCC unroll 12
         for (int v = 0; v < kBlockVectors; ++v) values[v] = decoded.template value<I>(codes[v]);
+#pragma GCC unroll 12
         for (int r = 0; r < Rows; ++r) {
           const Floats x = same_float(tile[r]);
+#pragma GCC unroll 12
           for (int v = 0; v < kBlockVectors; ++v)
             sums[I % kParts][r][v] = multiply_add(x, values[v], sums[I % kParts][r][v]);
         }
@@ -157,10 +166,13 @@ void float_block(const FloatBlock& block) {
         feature.template operator()<7>();
       }
     }
+#pragma GCC unroll 12
     for (int v = 0; v < kBlockVectors; ++v) {
       const Floats scale = load_scales(scales, weight.bf16_scales, block.first + v * kVectorWords);
+#pragma GCC unroll 12
       for (int r = 0; r < Rows; ++r) {
         Floats sum = sums[0][r][v];
+#pragma GCC unroll 12
         for (int part = 1; part < kParts; ++part) sum = add(sum, sums[part][r][v]);
         float* total = block.totals + r * kPanelChannels + block.first + v * kVectorWords;
         store_floats(total, multiply_add(sum, scale, load_floats(total)));

@@ -95,7 +95,7 @@ def test_the_error_is_small(saved: Saved, in_int8: Callable, name: str, precisio
 
 @EVERY
 def test_weights_in_few_bits_are_those_numbers_and_no_others(saved: Saved, name: str) -> None:
-    model = FAMILIES[name].ours.from_pretrained(saved(name), precision="int4")
+    model = FAMILIES[name].ours.from_pretrained(saved(name), precision="nf4")
     expected = output(name, dequantized(name, saved(name), model))
     # The head's activations have 16 bits: half a step of 1/(127 · 254) of the largest.
     assert torch.allclose(output(name, model), expected, rtol=0, atol=2e-4 * expected.abs().max().item())

@@ -113,7 +113,8 @@ def test_transformers_predicts_what_we_predict(saved: Saved) -> None:
     theirs = transformers.AutoModelForCausalLM.from_pretrained(saved.folder, dtype=torch.float32).eval()
     found, expected = logits(saved.model), logits(theirs)
     exact = logits(load(saved.original, precision="fp32"))
-    few = {"int8-weight": 0.02, "int4": 0.02, "fp8": 0.15}[saved.precision]  # fp8: their scale of a token is rounded
+    # int4: they compute with activations as they are, we with 8 bits; fp8: their scale of a token is rounded
+    few = {"int8-weight": 0.02, "int4": 0.05, "fp8": 0.15}[saved.precision]
     assert (found - expected).abs().mean() < few * exact.std()
     assert 1e-3 * exact.std() < (expected - exact).abs().mean() < 0.5 * exact.std()
 

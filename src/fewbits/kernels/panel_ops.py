@@ -44,9 +44,9 @@ def _check(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, N: in
     K, panels = x.shape[-1], -(-N // CHANNELS)
     bits = 8 if table(format_name) is None else 4
     words = -(-K * bits // (8 * WORD))
-    if packed.dtype != torch.uint8 or packed.shape != (panels, words, CHANNELS * WORD) or not packed.is_contiguous():
+    if packed.dtype != torch.int8 or packed.shape != (panels, words, CHANNELS * WORD) or not packed.is_contiguous():
         raise FewbitsError(
-            f"packed: contiguous uint8 {[panels, words, CHANNELS * WORD]} is needed for N = {N}, K = {K} in "
+            f"packed: contiguous int8 {[panels, words, CHANNELS * WORD]} is needed for N = {N}, K = {K} in "
             f"{format_name}, got {packed.dtype} {list(packed.shape)}; pack_panels makes it"
         )
     G = scales.shape[1] if scales.ndim == 3 else 0
@@ -55,7 +55,7 @@ def _check(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, N: in
             f"scales: float32 or bfloat16 [{panels}, G, {CHANNELS}] is needed for N = {N}, "
             f"got {scales.dtype} {list(scales.shape)}; pack_scales makes it"
         )
-    if G == 0 or not scales.is_contiguous() or (G > 1 and K * bits % (8 * WORD * G)) or (bits == 4 and K % 2):
+    if G == 0 or not scales.is_contiguous() or ((G > 1 or bits == 4) and K * bits % (8 * WORD * G)):
         raise FewbitsError(
             f"scales: {G} groups do not divide K = {K} input features into whole words of {WORD} bytes; "
             "dequantize the weight and use torch"
@@ -81,7 +81,8 @@ def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
 
 def _straight_through(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     """The gradient of x as if it had not been quantized; the weight takes none."""
-    weight = panel_reference.dequantize(*ctx.saved_tensors, ctx.out_features, ctx.in_features, ctx.format)
+    packed, scales = ctx.saved_tensors
+    weight = panel_reference.dequantize(packed, scales, ctx.out_features, ctx.in_features, ctx.format)
     of_bias = gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[3] else None
     return gradient @ weight, None, None, of_bias, None, *([None] * ctx.others)
 

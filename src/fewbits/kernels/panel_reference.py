@@ -22,7 +22,7 @@ def int4_linear(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, 
     weight = _values(packed, N, x.shape[-1], "int4").view(N, G, -1)
     tokens = codes.double().view(*codes.shape[:-1], G, -1)
     out = x.new_zeros((*x.shape[:-1], N))
-    for g in range(G):  # sums of integers far below 2^24: exact in float32
+    for g in range(G):  # integers in float64: exact in any order
         out = out + (tokens[..., g, :] @ weight[:, g].double().T).float() * each[:, g]
     out = out * token_scales
     return out if bias is None else out + bias

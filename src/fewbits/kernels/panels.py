@@ -36,10 +36,11 @@ def table(format_name: str) -> tuple[float, ...] | None:
     return fmt.codebook or tuple(float(decode(code, fmt)) for code in range(16))
 
 
-def fits_panels(codes: Tensor, scales: Tensor) -> bool:
-    """Whether a weight can lie in panels: its groups are whole words, or each channel is one group."""
+def fits_panels(codes: Tensor, scales: Tensor, format_name: str) -> bool:
+    """Whether a weight can lie in panels: its groups are whole words; or it has 8 bits, and a channel is one group."""
     G = scales.shape[-1]
-    return codes.numel() > 0 and (G == 1 or codes.shape[-1] % (G * WORD) == 0)
+    whole = codes.shape[-1] % (G * WORD) == 0
+    return codes.numel() > 0 and (whole or (G == 1 and table(format_name) is None))
 
 
 def pack_panels(codes: Tensor) -> Tensor:
@@ -49,12 +50,12 @@ def pack_panels(codes: Tensor) -> Tensor:
         codes: ``[N, B]``, 8 bits of any dtype; B bytes a channel.
 
     Returns:
-        uint8 ``[ceil(N/32), ceil(B/4), 128]``, contiguous.
+        int8 ``[ceil(N/32), ceil(B/4), 128]``, contiguous.
     """
     N, B = codes.shape
     rows = pad(codes.view(torch.uint8), (0, -B % WORD, 0, -N % CHANNELS)).contiguous()
     words = rows.view(torch.int32).view(-1, CHANNELS, rows.shape[1] // WORD)
-    return words.transpose(1, 2).contiguous().view(torch.uint8)
+    return words.transpose(1, 2).contiguous().view(torch.int8)
 
 
 def unpack_panels(packed: Tensor, N: int, B: int) -> Tensor:

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewbits.kernels.packing import pack_int8, unpack_int8
-from fewbits.models.linear import CodesModule, empty_codes, quantized_linear
+from fewbits.models.linear import CodesModule, empty_codes
 from fewbits.models.precision import Precision
+from fewbits.models.quantized_matmul import pack_weight, quantized_linear, unpack_weight
 from fewbits.tensors.quantized import CODE_DTYPES, QuantizedTensor, is_packed
 
 
@@ -46,7 +46,7 @@ class QuantExperts(CodesModule):
         self.num_experts = next(iter(weights.values())).shape[0]
         self.format, self._scale_dtype = precision.weights.name, scale_dtype
         self.activations = None if precision.activations is None else precision.activations.name
-        self._widths = {name: tuple(weight.shape[1:]) for name, weight in weights.items()}
+        self._widths = {name: (weight.shape[1], weight.shape[2]) for name, weight in weights.items()}
         for name, weight in weights.items():
             quantized = empty_codes(tuple(weight.shape), precision, scale_dtype)
             self.register_buffer(name, quantized.codes.view(torch.int8))
@@ -55,18 +55,21 @@ class QuantExperts(CodesModule):
     def pack(self) -> None:
         """Bring the codes, which may have just been loaded, into the layout that the CPU's kernels read."""
         for name in self._widths:
-            codes, scales = getattr(self, name).view(torch.int8), getattr(self, f"{name}_scale")
+            codes = getattr(self, name).view(torch.int8)
             setattr(self, name, codes)
-            if codes.ndim == 3 and self.format == self.activations == "int8" and codes.device.type == "cpu":
-                setattr(self, name, torch.stack([pack_int8(expert) for expert in codes]))
-                setattr(self, f"{name}_scale", scales.flatten(1).float())
+            if codes.ndim == 3 and codes.device.type == "cpu":
+                weights = (self.quantized_weight(name, expert) for expert in range(self.num_experts))
+                packed = [pack_weight(weight, self.activations) for weight in weights]
+                if all(codes.ndim == 3 for codes, _ in packed):
+                    setattr(self, name, torch.stack([codes for codes, _ in packed]))
+                    setattr(self, f"{name}_scale", torch.stack([scales for _, scales in packed]))
 
     def unpack(self) -> None:
         """Bring the codes into the layout of ``state_dict``, which other devices compute with too."""
         for name in self._widths:
             if getattr(self, name).ndim == 4:
                 stored = self._stored(name)
-                setattr(self, name, stored.codes)
+                setattr(self, name, stored.codes.view(torch.int8))
                 setattr(self, f"{name}_scale", stored.scales)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -89,14 +92,12 @@ class QuantExperts(CodesModule):
     def quantized_weight(self, name: str, expert: int) -> QuantizedTensor:
         """One expert's weight as codes and scales ``[N, G]``, as they are stored."""
         codes, scales = getattr(self, name)[expert], getattr(self, f"{name}_scale")[expert]
-        if codes.ndim == 3:
-            codes, scales = unpack_int8(codes, *self._widths[name]), scales[:, None].to(self._scale_dtype)
-        return QuantizedTensor(codes.view(CODE_DTYPES[self.format]), scales, self.format)
+        return unpack_weight(codes, scales, self._widths[name], self.format, self._scale_dtype)
 
     def quantized_bits(self) -> tuple[int, int]:
         """Bits of codes and stored scales, and the number of weights they stand for."""
         weights = sum(self.num_experts * N * K for N, K in self._widths.values())
-        scales = sum(getattr(self, f"{name}_scale").numel() for name in self._widths)
+        scales = sum(self.num_experts * N * self._groups(name) for name, (N, _) in self._widths.items())
         return (4 if is_packed(self.format) else 8) * weights + 8 * self._scale_dtype.itemsize * scales, weights
 
     def _expert(self, expert: int, x: Tensor) -> Tensor:
@@ -106,7 +107,12 @@ class QuantExperts(CodesModule):
 
     def _linear(self, name: str, expert: int, x: Tensor) -> Tensor:
         codes, scales = getattr(self, name)[expert], getattr(self, f"{name}_scale")[expert]
-        return quantized_linear(x, codes, scales, None, self.format, self.activations)
+        return quantized_linear(x, codes, scales, None, self._widths[name][0], self.format, self.activations)
+
+    def _groups(self, name: str) -> int:
+        """The scales of an output channel."""
+        scales: Tensor = getattr(self, f"{name}_scale")
+        return scales.shape[2] if scales.ndim > 2 else 1
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -120,8 +126,9 @@ class QuantExperts(CodesModule):
         codes, scales = getattr(self, name), getattr(self, f"{name}_scale")
         if codes.ndim == 3:
             return QuantizedTensor(codes.view(CODE_DTYPES[self.format]), scales, self.format)
-        codes = torch.stack([unpack_int8(expert, *self._widths[name]) for expert in codes])
-        return QuantizedTensor(codes, scales[:, :, None].to(self._scale_dtype), self.format)
+        each = [self.quantized_weight(name, expert) for expert in range(self.num_experts)]
+        codes, scales = torch.stack([one.codes for one in each]), torch.stack([one.scales for one in each])
+        return QuantizedTensor(codes, scales, self.format)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         self.unpack()  # as what comes

@@ -11,15 +11,12 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from fewbits.kernels import ops
-from fewbits.kernels.packing import pack_int8, unpack_int8
+from fewbits.kernels.packing import pack_int8
 from fewbits.models.precision import Precision
-from fewbits.tensors.quantized import CODE_DTYPES, QuantizedTensor, is_packed, values_of
-
-_E4M3FN_MAX = 448.0
-_SMALLEST = torch.finfo(torch.float32).tiny
+from fewbits.models.quantized_matmul import pack_weight, quantized_linear, unpack_weight
+from fewbits.tensors.quantized import CODE_DTYPES, QuantizedTensor, is_packed
 
 
 class CodesModule(nn.Module):
@@ -54,14 +51,14 @@ class CodesModule(nn.Module):
 class QuantLinear(CodesModule, nn.Linear):
     """``y = x Wᵀ + b`` with a quantized weight.
 
-    What happens to x depends on the precision: int8 and fp8 quantize it too, with a scale per token; the others
-    compute with x as it is. Takes float32, bfloat16 or float16 ``[..., K]`` and returns the same dtype, ``[..., N]``.
-    A token with NaN or Inf gives NaN for that token alone. The weight takes no gradient; x does, as if it had not been
-    quantized (straight-through).
+    What happens to x depends on the precision: int8, int4 and fp8 quantize it too, with a scale per token; the
+    others compute with x as it is. Takes float32, bfloat16 or float16 ``[..., K]`` and returns the same dtype,
+    ``[..., N]``. A token with NaN or Inf gives NaN for that token alone. The weight takes no gradient; x does, as if it
+    had not been quantized (straight-through).
 
     ``weight`` is always int8, 8 bits of codes of whatever format, so that no one takes them for numbers.
     ``state_dict`` holds ``weight`` (codes, ``[N, K]`` or packed in pairs) and ``weight_scale`` ``[N, G]``, whatever the
-    layout in memory is. On the CPU int8 codes lie in panels (``kernels.packing``) once ``pack`` has been called.
+    layout in memory is. On the CPU codes lie in panels (``quantized_matmul``) once ``pack`` has been called.
     """
 
     weight: Tensor
@@ -95,32 +92,32 @@ class QuantLinear(CodesModule, nn.Linear):
     def pack(self) -> None:
         """Bring the codes, which may have just been loaded, into the layout that the CPU's kernels read."""
         self.weight = self.weight.view(torch.int8)
-        if not self.packed and self.format == self.activations == "int8" and self.weight.device.type == "cpu":
-            self.weight = pack_int8(self.weight)
-            self.weight_scale = self.weight_scale.flatten().float()
+        if not self.packed and self.weight.device.type == "cpu":
+            self.weight, self.weight_scale = pack_weight(self.quantized_weight(), self.activations)
 
     def unpack(self) -> None:
         """Bring the codes into the layout of ``state_dict``, which other devices compute with too."""
         if self.packed:
             stored = self.quantized_weight()
-            self.weight, self.weight_scale = stored.codes, stored.scales
+            self.weight, self.weight_scale = stored.codes.view(torch.int8), stored.scales
 
     def forward(self, x: Tensor) -> Tensor:
         """Quantize each token if the precision says so, multiply, scale."""
-        return quantized_linear(x, self.weight, self.weight_scale, self.bias, self.format, self.activations)
+        return quantized_linear(
+            x, self.weight, self.weight_scale, self.bias, self.out_features, self.format, self.activations
+        )
 
     def quantized_weight(self) -> QuantizedTensor:
         """The weight as codes and scales ``[N, G]``, as they are stored."""
-        if not self.packed:
-            return QuantizedTensor(self.weight.view(CODE_DTYPES[self.format]), self.weight_scale, self.format)
-        codes = unpack_int8(self.weight, self.out_features, self.in_features)
-        return QuantizedTensor(codes, self.weight_scale[:, None].to(self._scale_dtype), self.format)
+        shape = (self.out_features, self.in_features)
+        return unpack_weight(self.weight, self.weight_scale, shape, self.format, self._scale_dtype)
 
     def quantized_bits(self) -> tuple[int, int]:
         """Bits of codes and stored scales, and the number of weights they stand for."""
         weights = self.out_features * self.in_features
         code_bits = 4 if is_packed(self.format) else 8
-        return code_bits * weights + 8 * self._scale_dtype.itemsize * self.weight_scale.numel(), weights
+        groups = self.weight_scale.shape[1] if self.weight_scale.ndim > 1 else 1
+        return code_bits * weights + 8 * self._scale_dtype.itemsize * self.out_features * groups, weights
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows in the parentheses."""
@@ -169,48 +166,6 @@ def empty_codes(shape: tuple[int, ...], precision: Precision, scale_dtype: torch
     codes = torch.empty((*rows, columns), dtype=CODE_DTYPES[precision.weights.name], device="meta")
     scales = torch.empty((*rows, precision.scales_per_channel(K)), dtype=scale_dtype, device="meta")
     return QuantizedTensor(codes, scales, precision.weights.name)
-
-
-def quantized_linear(
-    x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, format_name: str, activations: str | None
-) -> Tensor:
-    """Multiply activations ``[..., K]`` by a quantized weight; the result has the dtype of x.
-
-    Args:
-        x: Activations, float32, bfloat16 or float16.
-        codes: ``[N, K]`` (``[N, K/2]`` for 4 bits), in 8 bits of any dtype; or int8 panels with scales ``[N]``.
-        scales: ``[N, G]``.
-        bias: float32 ``[N]`` or None.
-        format_name: The format of the codes.
-        activations: The format that x is quantized to, a scale per token; None: it is not.
-    """
-    if codes.ndim == 2 and format_name == activations == "int8" and codes.device.type == "cpu":
-        codes, scales = (
-            pack_int8(codes.view(torch.int8)),
-            scales.flatten().float(),
-        )  # brought from elsewhere for a moment
-    if codes.ndim == 3:
-        return ops.int8_linear(x.float(), codes, scales, bias).to(x.dtype)
-    codes = codes.view(CODE_DTYPES[format_name])
-    if activations is None:
-        weight = QuantizedTensor(codes, scales, format_name).dequantize().to(x.dtype)
-        return linear(x, weight, None if bias is None else bias.to(x.dtype))
-    digits, token_scales = _quantize_tokens(x.float(), activations)
-    out = linear(digits, values_of(codes, format_name)) * token_scales * scales.flatten().float()
-    return (out if bias is None else out + bias).to(x.dtype)
-
-
-def _quantize_tokens(x: Tensor, format_name: str) -> tuple[Tensor, Tensor]:
-    """Activations ``[..., K]`` as the float32 values of their codes, and a scale per token; gradients pass through."""
-    if format_name == "int8":
-        codes, scales = ops.quantize_per_token(x)
-        digits = codes.float()
-    else:
-        amax = x.detach().abs().amax(-1, keepdim=True)
-        scales = torch.where(amax.isfinite(), (amax / _E4M3FN_MAX).clamp_min(_SMALLEST), torch.nan)
-        digits = (x / scales).to(torch.float8_e4m3fn).float()
-    exact = x / scales
-    return exact + (digits - exact).detach() if x.requires_grad else digits, scales
 
 
 def cast_to_weight(module: nn.Module, args: tuple[Tensor]) -> Tensor:

@@ -33,6 +33,11 @@ class Precision:
     cast: bool
     summary: str
 
+    @property
+    def stored_activations(self) -> Format | None:
+        """What a checkpoint says of activations; of int4 nothing: in what they are computed is the reader's choice."""
+        return self.activations if self.activations == self.weights else None
+
     def weight_bytes(self, N: int, K: int, scale_bytes: int) -> int:
         """Bytes of the codes and scales of a weight ``[N, K]``."""
         return N * (K * self.weights.bits // 8 + self.scales_per_channel(K) * scale_bytes)
@@ -59,7 +64,7 @@ PRECISIONS = {
         _cast("fp16", "every tensor in half precision"),
         _quantized("int8", "int8", "int8", None, "8-bit weights and activations, a scale per channel and token"),
         _quantized("int8-weight", "int8", None, 128, "8-bit weights in groups, activations as they are"),
-        _quantized("int4", "int4", None, 128, "4-bit weights in groups, activations as they are"),
+        _quantized("int4", "int4", "int8", 128, "4-bit weights in groups, 8-bit activations, a scale per token"),
         _quantized("nf4", "nf4", None, 64, "4-bit NormalFloat weights in groups, activations as they are"),
         _quantized("fp8", "e4m3fn", "e4m3fn", None, "FP8 weights and activations, a scale per channel and token"),
     )

@@ -62,10 +62,11 @@ def quantization_config(precision: Precision, ignore: Sequence[str]) -> dict[str
         "dynamic": False,
         "group_size": precision.group_size,
     }
+    tokens = {**weights, "strategy": "token", "dynamic": True}
     group = {
         "targets": ["Linear"],
         "weights": weights,
-        "input_activations": {**weights, "strategy": "token", "dynamic": True} if precision.activations else None,
+        "input_activations": tokens if precision.stored_activations else None,
         "output_activations": None,
     }
     return {
