@@ -8,6 +8,13 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
+FILES = (
+    "test_ops.py",
+    "test_cast_kernels.py",
+    "test_block_kernels.py",
+    "test_int4_matmul.py",
+    "test_weight_only_matmul.py",
+)
 SHOW = "from fewbits.kernels import native; print(native.status().isa)"
 
 
@@ -29,7 +36,7 @@ def test_ops_with_a_forced_instruction_set(isa: str) -> None:
         "-q",
         "-p",
         "no:cacheprovider",
-        *(str(HERE / name) for name in ("test_ops.py", "test_cast_kernels.py", "test_block_kernels.py")),
+        *(str(HERE / name) for name in FILES),
     )
     assert tests.returncode == 0, tests.stdout
     assert " passed" in tests.stdout
