@@ -3,6 +3,7 @@
 // The ladder
 //   1  plain loops that the compiler vectorizes: square roots and divisions round correctly on every instruction set
 //   2  sums of squares in 16 lanes of doubles, in the order that the meaning in Python has too
+//   3  Inf and NaN are counted only where the largest word is not finite
 //
 // Included once per instruction set, hence the anonymous namespace.
 #pragma once
@@ -102,32 +103,64 @@ void unscale_block(float* __restrict x, int64_t n, float scale, bool root) {
   }
 }
 
-// Inf and NaN, the largest finite magnitude, and the sum of squares of at most 4096 values. Element i of the chunk is
-// added to lane i mod 16, then the halves of the lanes are added until one is left.
+// Doubles as wide as the registers, so that 16 lanes stay in them.
+#if defined(__AVX512F__)
+constexpr int kDoubles = 8;
+#elif defined(__AVX2__)
+constexpr int kDoubles = 4;
+#else
+constexpr int kDoubles = 2;
+#endif
+typedef float StatsFloats __attribute__((vector_size(4 * kDoubles)));
+typedef double StatsDoubles __attribute__((vector_size(8 * kDoubles)));
+constexpr int kSquareLanes = 16;
+constexpr int kSquareVectors = kSquareLanes / kDoubles;
+
+inline void add_squares(const float* x, StatsDoubles* sums) {
+  for (int vector = 0; vector < kSquareVectors; ++vector) {
+    StatsFloats part;
+    std::memcpy(&part, x + vector * kDoubles, sizeof part);
+    const StatsDoubles wide = __builtin_convertvector(part, StatsDoubles);
+    sums[vector] += wide * wide;
+  }
+}
+
+// Element i of a chunk is added to lane i mod 16, then the halves of the lanes are added until one is left.
+double sum_of_squares(const float* x, int64_t n) {
+  StatsDoubles sums[kSquareVectors] = {};
+  const int64_t whole = n / kSquareLanes * kSquareLanes;
+  for (int64_t i = 0; i < whole; i += kSquareLanes) add_squares(x + i, sums);
+  if (whole < n) {
+    float last[kSquareLanes] = {};
+    std::memcpy(last, x + whole, static_cast<size_t>(n - whole) * sizeof(float));
+    add_squares(last, sums);
+  }
+  double lanes[kSquareLanes];
+  std::memcpy(lanes, sums, sizeof lanes);
+  for (int half = kSquareLanes / 2; half > 0; half /= 2)
+    for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+  return lanes[0];
+}
+
+// Inf and NaN, the largest finite magnitude, and the sum of squares of at most 4096 values. Nearly always all are
+// finite, and the largest word says so.
 void gradient_stats(const float* __restrict x, int64_t n, fewbits::GradientStats* out) {
-  typedef float Floats __attribute__((vector_size(64)));
-  typedef double Doubles __attribute__((vector_size(128)));
-  int32_t infinite = 0, nan = 0;
-  uint32_t largest = 0;
+  constexpr int32_t kInf = 0x7F800000;
+  int32_t largest = 0, infinite = 0, nan = 0;
   for (int64_t i = 0; i < n; ++i) {
     const int32_t magnitude = std::bit_cast<int32_t>(x[i]) & 0x7FFFFFFF;
-    infinite += magnitude == 0x7F800000;
-    nan += magnitude > 0x7F800000;
-    const uint32_t finite = static_cast<uint32_t>(magnitude < 0x7F800000 ? magnitude : 0);
-    largest = finite > largest ? finite : largest;
+    largest = magnitude > largest ? magnitude : largest;
   }
-  Doubles sums = {};
-  for (int64_t i = 0; i < n; i += 16) {
-    Floats part = {};
-    std::memcpy(&part, x + i, static_cast<size_t>(n - i < 16 ? n - i : 16) * sizeof(float));
-    const Doubles wide = __builtin_convertvector(part, Doubles);
-    sums += wide * wide;
+  if (largest >= kInf) {
+    largest = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      const int32_t magnitude = std::bit_cast<int32_t>(x[i]) & 0x7FFFFFFF;
+      infinite += magnitude == kInf;
+      nan += magnitude > kInf;
+      if (magnitude < kInf && magnitude > largest) largest = magnitude;
+    }
   }
-  double lanes[16];
-  std::memcpy(lanes, &sums, sizeof lanes);
-  for (int half = 8; half > 0; half /= 2)
-    for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
-  *out = {infinite, nan, std::bit_cast<float>(largest), lanes[0]};
+  *out = {infinite, nan, std::bit_cast<float>(largest), sum_of_squares(x, n)};
 }
 
 }  // namespace

@@ -41,6 +41,7 @@ void in_chunks(const Tensor* tensors, int64_t count, int64_t size, int threads, 
       const int64_t first = (chunk - starts[t]) * size;
       work(tensors[t], first, std::min(size, tensors[t].count - first), chunk);
     }
+    chosen().kernels->end_stream();
   });
 }
 
@@ -59,7 +60,11 @@ class Sweep {
     store_moment(t.m, t.m_scales, t.state, first, n, false, m_now, t.m_key);
     store_moment(t.v, t.v_scales, t.state, first, n, true, v_now, t.v_key);
     store_weight(t, first, n, weight, change);
-    if (t.copy) narrow(weight, t.copy_kind == kFloat16 ? formats_.fp16 : formats_.bf16, t.copy, first, n);
+    if (t.copy) {
+      alignas(64) uint16_t copy[kChunk];  // not read before the next forward pass: past the caches
+      kernels_.encode_floats(weight, n, copy, t.copy_kind == kFloat16 ? formats_.fp16 : formats_.bf16, 0);
+      kernels_.stream_out(at<uint16_t>(t.copy, first), copy, 2 * n);
+    }
   }
 
   const float* floats(int64_t address, int64_t kind, int64_t first, int64_t n, float* buffer) const {
