@@ -14,7 +14,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 from fewbits.errors import FewbitsError, OverflowWarning
-from fewbits.models.allocation import tight_memory
 from fewbits.models.architecture import auto_class_of, empty_model
 from fewbits.models.filling import Progress
 from fewbits.models.layouts.gguf import gguf_type
@@ -100,7 +99,7 @@ def convert(
     layout_module = FOLDER_LAYOUTS[layout]
     job = FolderJob(opened, layout_module, precision, dtype, manifest, places, weights, overflow, allow_nonfinite)
     work = fingerprint(opened, to=to, layout=layout, keep=[*keep], overflow=overflow, nonfinite=allow_nonfinite)
-    with tight_memory(), staged_folder(out, overwrite=overwrite, nbytes=nbytes, fingerprint=work) as folder:
+    with staged_folder(out, overwrite=overwrite, nbytes=nbytes, fingerprint=work) as folder:
         if on_manifest is not None:
             on_manifest(manifest)
         job.write_config(model, folder)
