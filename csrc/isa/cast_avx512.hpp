@@ -190,8 +190,8 @@ void encode_stochastic(const float* x, int64_t count, Code* codes, const Rounder
       code = _mm512_srli_epi32(_mm512_add_epi32(magnitude, _mm512_srli_epi32(random, 32 - drop)), drop);
     } else {
       const __mmask16 normal = _mm512_cmpge_epi32_mask(magnitude, smallest_normal);
-      const __m512i whole = _mm512_or_si512(_mm512_and_si512(magnitude, _mm512_set1_epi32(0x7FFFFF)),
-                                            _mm512_set1_epi32(0x800000));
+      const __m512i whole =
+          _mm512_or_si512(_mm512_and_si512(magnitude, _mm512_set1_epi32(0x7FFFFF)), _mm512_set1_epi32(0x800000));
       const __m512i value = _mm512_mask_mov_epi32(whole, normal, magnitude);
       const __m512i by_field = _mm512_sub_epi32(shift_of_field_0, _mm512_srli_epi32(magnitude, kFloatMantissa));
       const __m512i shift = _mm512_max_epi32(by_field, least_shift);
@@ -226,15 +226,14 @@ void encode_stochastic_as(const float* x, int64_t count, Code* codes, const Roun
 
 void encode_avx512(const float* x, int64_t count, void* codes, const Rounder& rounder, uint64_t position) {
   const Codec& f = rounder.codec;
-  const bool to_inf = rounder.over[0] == f.inf_code && rounder.over[1] == f.inf_code &&
-                      rounder.inf[0] == f.inf_code && rounder.inf[1] == f.inf_code;
+  const bool to_inf = rounder.over[0] == f.inf_code && rounder.over[1] == f.inf_code && rounder.inf[0] == f.inf_code &&
+                      rounder.inf[1] == f.inf_code;
   if (rounder.rounding == fewbits::kNearestEven && to_inf && is_binary16(f))
     return encode_by_16<ToFp16>(x, count, static_cast<uint16_t*>(codes), f.nan_code);
   if (rounder.rounding == fewbits::kNearestEven && to_inf && is_bfloat16(f))
     return encode_by_16<ToBf16>(x, count, static_cast<uint16_t*>(codes), f.nan_code);
   if (rounder.rounding == fewbits::kStochastic && covers(rounder)) {
-    if (f.code_bytes() == 1)
-      return encode_stochastic_as(x, count, static_cast<uint8_t*>(codes), rounder, position);
+    if (f.code_bytes() == 1) return encode_stochastic_as(x, count, static_cast<uint8_t*>(codes), rounder, position);
     return encode_stochastic_as(x, count, static_cast<uint16_t*>(codes), rounder, position);
   }
   encode_floats(x, count, codes, rounder, position);
