@@ -1,12 +1,7 @@
 // Casts of whole tensors: chunks that fit the first cache pass through the steps that a cast is made of.
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <atomic>
 #include <bit>
-#include <fstream>
-#include <sstream>
-#include <string>
 
 #include "drive.hpp"
 #include "parallel.hpp"
@@ -18,46 +13,11 @@ constexpr int64_t kChunk = 2048;            // elements: 8 KiB as float32
 constexpr int64_t kBeyondCaches = 8 << 20;  // bytes of a result that would push everything else out of the caches
 constexpr int64_t kChunksWorthAThread = 16;
 
-// Bytes of free memory that lies together in 2 MiB or more; 0 where the system does not tell.
-//
-//   /proc/buddyinfo: Node 0, zone   Normal   17   35 …    free blocks of 4 KiB, 8 KiB, … 4 MiB
-int64_t free_in_huge_pages() {
-  constexpr int kHugeOrder = 9;
-  std::ifstream file("/proc/buddyinfo");
-  int64_t bytes = 0;
-  for (std::string line; std::getline(file, line);) {
-    const size_t zone = line.find("zone");
-    if (zone == std::string::npos) continue;
-    std::istringstream fields(line.substr(zone + 4));
-    std::string name;
-    fields >> name;
-    int64_t blocks = 0;
-    for (int order = 0; fields >> blocks; ++order) bytes += order >= kHugeOrder ? blocks * (int64_t{4096} << order) : 0;
-  }
-  return bytes;
-}
-
-// Asks for pages of 2 MiB: the system makes one in a fifth of the time of the 512 small ones, if memory for it lies
-// together. Where it must be brought together first, that takes many times as long, so then nothing is asked for. Not
-// below what malloc takes from the heap, 32 MiB at most, since advice stays with the memory.
-void ask_for_huge_pages([[maybe_unused]] void* to, [[maybe_unused]] int64_t bytes) {
-#if defined(MADV_HUGEPAGE)
-  constexpr int64_t kWorthIt = 64 << 20;
-  constexpr uintptr_t kPage = 4096;
-  if (bytes < kWorthIt || free_in_huge_pages() < 2 * bytes) return;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(to) + kPage - 1) / kPage * kPage;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(to) + static_cast<uintptr_t>(bytes)) / kPage * kPage;
-  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // refused: small pages as before
-#endif
-}
-
 // Where a result goes: straight to its place if it is small or fresh, else through a buffer and past the caches.
 class Place {
  public:
   Place(void* to, int64_t bytes, bool fresh)
-      : to_(static_cast<char*>(to)), past_caches_(bytes > kBeyondCaches && !fresh) {
-    if (fresh) ask_for_huge_pages(to, bytes);
-  }
+      : to_(static_cast<char*>(to)), past_caches_(bytes > kBeyondCaches && !fresh) {}
   template <class T>
   T* begin(int64_t offset, T* buffer) const {
     return past_caches_ ? buffer : reinterpret_cast<T*>(to_ + offset);

@@ -153,8 +153,8 @@ def test_kl_is_never_negative_beyond_rounding(logits: list[list[float]]) -> None
 def test_demo_model_has_the_published_perplexity() -> None:
     """SmolLM2-135M-Instruct in fp32: 16.634 on the built-in text of Python 3.11, if digits are not cut one by one.
 
-    That figure was measured with the tokenizer that transformers makes of the GGUF file. The model's own cuts digits, and
-    so do fewbits and llama.cpp: more tokens, each easier.
+    That figure was measured with the tokenizer that transformers makes of the GGUF file. The model itself cuts digits,
+    as fewbits and llama.cpp do: more tokens, each easier.
     """
     import hashlib
 
