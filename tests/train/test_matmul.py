@@ -12,6 +12,7 @@ from torch.nn import functional
 import fewbits
 from fewbits import MixedPrecision, Recipe
 from fewbits.formats import Format
+from fewbits.train.matmul import product
 from fewbits.train.scaling import BLOCK, AmaxHistory, amax_of, scaled_round
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -56,6 +57,23 @@ def test_a_linear_layer_and_its_gradients_are_rounded_once(name: str) -> None:
     assert x.grad.dtype == torch.float32
     assert_within_one_rounding(x.grad.reshape(35, 200).to(dtype), scaled @ w, scaled.abs() @ w.abs())
     torch.testing.assert_close(model.bias.grad, scaled.sum(0).float())
+
+
+@pytest.mark.parametrize("shape", [(40, 60, 900), (900, 60, 40), (40, 900, 60), (60, 60, 60)])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_large_operands_are_widened_slice_by_slice(
+    shape: tuple[int, int, int], with_bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    M, K, N = shape
+    torch.manual_seed(0)
+    a, b = torch.randn(M, K).half(), torch.randn(K, N).half()
+    bias = torch.randn(N).half() if with_bias else None
+    whole = product(a, b, torch.float16, bias)
+    monkeypatch.setattr("fewbits.train.matmul._SLICE", 4000)
+    exact = a.double() @ b.double() + (0 if bias is None else bias.double())
+    ours = product(a, b, torch.float16, bias)
+    assert_within_one_rounding(ours, exact, 5 * a.double().abs() @ b.double().abs())
+    assert (ours == whole).double().mean() > 0.98
 
 
 @pytest.mark.parametrize("scaling", SCALINGS)

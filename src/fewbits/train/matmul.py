@@ -13,6 +13,7 @@ Letters: M tokens, K input features, N output features.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, cast
@@ -39,10 +40,43 @@ def product(a: Tensor, b: Tensor, dtype: torch.dtype, bias: Tensor | None = None
     """Multiply ``[M, K]`` by ``[K, N]`` of one dtype; float32 sums, and the bias, are rounded to ``dtype`` once."""
     if a.dtype == dtype and runs_natively(a.device.type, dtype):
         return torch.mm(a, b) if bias is None else torch.addmm(bias.to(dtype), a, b)
-    sums = torch.mm(a.float(), b.float())
-    if bias is not None:
-        sums += bias.to(dtype)
-    return sums.to(dtype)
+    bias = None if bias is None else bias.to(dtype).float()
+    largest = max(a.numel(), b.numel(), a.shape[0] * b.shape[1])
+    if dtype == torch.float32 or a.device.type != "cpu" or largest <= 2 * _SLICE:
+        return _widened_product(a, b, bias).to(dtype)
+    return _sliced_product(a, b, dtype, bias)
+
+
+_SLICE = 1 << 21  # elements that are widened at a time: 8 MiB, which the last cache holds and the allocator keeps
+
+
+def _widened_product(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.mm(a.float(), b.float()) if bias is None else torch.addmm(bias, a.float(), b.float())
+
+
+def _sliced_product(a: Tensor, b: Tensor, dtype: torch.dtype, bias: Tensor | None) -> Tensor:
+    """The same for large operands, slice by slice along the longest of M, K and N: no large float32 copy is made."""
+    (M, K), N = a.shape, b.shape[1]
+    if max(M, N) <= K:
+        sums = a.new_zeros((M, N), dtype=torch.float32) if bias is None else bias.expand(M, N).clone()
+        for part in _slices(K, max(M, N)):
+            sums.addmm_(a[:, part].float(), b[part].float())
+        return sums.to(dtype)
+    out = torch.empty((M, N), dtype=dtype)
+    if M <= N:
+        wide = a.float()
+        for part in _slices(N, max(M, K)):
+            out[:, part] = _widened_product(wide, b[:, part], None if bias is None else bias[part])
+    else:
+        wide = b.float()
+        for part in _slices(M, max(N, K)):
+            out[part] = _widened_product(a[part], wide, bias)
+    return out
+
+
+def _slices(length: int, width: int) -> Iterator[slice]:
+    step = max(1, _SLICE // width)
+    return (slice(start, min(start + step, length)) for start in range(0, length, step))
 
 
 @dataclass
