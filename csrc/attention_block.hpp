@@ -112,7 +112,14 @@ void attend_rows(const fewbits::Attention& job, int64_t b, int64_t token, int64_
     if (factor != 1.0f)
       for (int64_t d = 0; d < wide; d += kWidth) store(sums + d, load(sums + d) * factor);
   }
-  add_rows(s.scores, kBlock, values, value_stride, seen, s.sums + row * wide, wide, wide, count);
+  // What all rows see is one product. The rest each row adds for itself: a weight of 0 would not hide a value of NaN.
+  const int64_t common = job.mask ? seen : std::clamp<int64_t>(job.limit(first) - start, 0, seen);
+  add_rows(s.scores, kBlock, values, value_stride, common, s.sums + row * wide, wide, wide, count);
+  for (int64_t r = 0; r < count; ++r) {
+    const int64_t own = std::clamp<int64_t>(job.limit(token + (row + r) / repeats) - start, common, seen);
+    add_rows(s.scores + r * kBlock + common, kBlock, values + common * value_stride, value_stride, own - common,
+             s.sums + (row + r) * wide, wide, wide, 1);
+  }
 }
 
 // One unit: a block of queries of one text and group; later ones, which see more, come first.

@@ -88,4 +88,19 @@ void int8_linear(const float* x, const int8_t* packed, const float* channel_scal
   int8_matmul({codes.get(), scales.get(), packed, channel_scales, bias, out, M, N, K, nullptr}, threads);
 }
 
+void int8_linear_two_digits(const float* x, const int8_t* packed, const float* channel_scales, const float* bias,
+                            float* out, int64_t M, int64_t N, int64_t K, int threads) {
+  const Kernels& kernels = *chosen().kernels;
+  const Weight weight{WeightKind::kInt8, packed, channel_scales, bias, N, K, K};
+  const std::unique_ptr<uint8_t[]> tiles(new uint8_t[static_cast<size_t>(2 * M * ceil_div(K, kGroup) * kGroup)]);
+  const std::unique_ptr<float[]> scales(new float[static_cast<size_t>(2 * M)]);
+  const Linear job{{tiles.get(), scales.get(), 2 * M, K}, &weight, 1, out, N, nullptr, false};
+  parallel_ranges(useful_threads(M * K, threads), M, [&](int64_t begin, int64_t end) {
+    const std::unique_ptr<float[]> scratch(new float[static_cast<size_t>(2 * K + 16)]);
+    kernels.make_digits(x, job.tokens, scratch.get(), begin, end);
+  });
+  parallel_ranges(useful_threads(2 * M * N * K, threads), job.units(),
+                  [&](int64_t begin, int64_t end) { kernels.linear_digits(job, begin, end); });
+}
+
 }  // namespace fewbits

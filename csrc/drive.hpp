@@ -14,6 +14,8 @@ void pack_int8(const int8_t* weight, int64_t N, int64_t K, int8_t* packed, int t
 void int8_matmul(Int8Matmul job, int threads);  // job.tiles is allocated here
 void int8_linear(const float* x, const int8_t* packed, const float* channel_scales, const float* bias, float* out,
                  int64_t M, int64_t N, int64_t K, int threads);
+void int8_linear_two_digits(const float* x, const int8_t* packed, const float* channel_scales, const float* bias,
+                            float* out, int64_t M, int64_t N, int64_t K, int threads);
 
 // job.codes and its scratch, and job.tiles and what follows it, are allocated here.
 void int4_linear(const float* x, const PanelWeight& weight, const float* bias, float* out, int64_t M, int threads);

@@ -75,6 +75,8 @@ struct Kernels {
   // Parts of a decoder layer (decoder.hpp): rows, units, tokens by group, positions, units.
   void (*make_tokens)(const Rows& rows, const Tokens& tokens, float* scratch, int64_t begin, int64_t end);
   void (*linear)(const Linear& job, int64_t begin, int64_t end);
+  void (*make_digits)(const float* x, const Tokens& tokens, float* scratch, int64_t begin, int64_t end);
+  void (*linear_digits)(const Linear& job, int64_t begin, int64_t end);
   void (*fill_caches)(const Attention& job, int64_t begin, int64_t end);
   void (*attend_few)(const Attention& job, int64_t b, int64_t g, int64_t from, int64_t to, float* scratch,
                      const Partial& partial);

@@ -63,4 +63,24 @@ void linear(const fewbits::Linear& job, int64_t begin, int64_t end) {
   }
 }
 
+// The same of one weight and tokens that are two digits each: out [M / 2, stride], both results added, then the bias.
+void linear_digits(const fewbits::Linear& job, int64_t begin, int64_t end) {
+  alignas(64) float found[fewbits::kPanelRows * fewbits::kPanelChannels];
+  fewbits::Weight weight = *job.weights;
+  weight.bias = nullptr;
+  const int64_t row_tiles = job.tokens.row_tiles();
+  for (int64_t index = begin; index < end; ++index) {
+    const int64_t tile = index % row_tiles, panel = index / row_tiles, first = panel * fewbits::kPanelChannels;
+    const int64_t channels = std::min(fewbits::kPanelChannels, weight.N - first);
+    linear_tile(weight, job.tokens, panel, tile, found);
+    for (int64_t r = 0; r < job.tokens.rows_of(tile); r += 2) {
+      float* out = job.out + (tile * fewbits::kPanelRows + r) / 2 * job.stride + first;
+      const float* high = found + r * fewbits::kPanelChannels;
+      for (int64_t n = 0; n < channels; ++n) out[n] = high[n] + high[n + fewbits::kPanelChannels];
+      if (job.weights->bias)
+        for (int64_t n = 0; n < channels; ++n) out[n] += job.weights->bias[first + n];
+    }
+  }
+}
+
 }  // namespace

@@ -29,6 +29,8 @@ constexpr fewbits::Kernels table(const char* name) {
       .weight_only_matmul = weight_only_matmul,
       .make_tokens = make_tokens,
       .linear = linear,
+      .make_digits = make_digits,
+      .linear_digits = linear_digits,
       .fill_caches = fill_caches,
       .attend_few = attend_few,
       .merge_partials = merge_partials,

@@ -14,6 +14,7 @@ FILES = (
     "test_block_kernels.py",
     "test_int4_matmul.py",
     "test_weight_only_matmul.py",
+    "test_decoder_layer.py",
 )
 SHOW = "from fewbits.kernels import native; print(native.status().isa)"
 

@@ -112,15 +112,13 @@ def int8_linear_two_digits(
     out: Tensor, x: Tensor, packed: Tensor, channel_scales: Tensor, bias: Tensor | None
 ) -> Tensor:
     """Fill ``out``, contiguous, of the right shape; see ``ops.int8_linear_two_digits``."""
-    tokens = x.reshape(-1, x.shape[-1])  # [M, K]
-    M, K = tokens.shape
-    codes, scales = tokens.new_empty((2 * M, K), dtype=torch.int8), tokens.new_empty((2 * M, 1))
-    high, high_scales = quantize_per_token((codes[:M], scales[:M]), tokens)
-    quantize_per_token((codes[M:], scales[M:]), tokens - high * high_scales)
-    products = int8_matmul(out.new_empty((2 * M, out.shape[-1])), codes, scales, packed, channel_scales, None)
-    rows = torch.add(products[:M], products[M:], out=out.view(M, out.shape[-1]))
-    if bias is not None:
-        rows += bias
+    x, channel_scales = x.contiguous(), channel_scales.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    N, K = out.shape[-1], x.shape[-1]
+    _native.int8_linear_two_digits(
+        x.data_ptr(), packed.data_ptr(), channel_scales.data_ptr(), 0 if bias is None else bias.data_ptr(),
+        out.data_ptr(), x.numel() // K, N, K, torch.get_num_threads(),
+    )  # fmt: skip
     return out
 
 
