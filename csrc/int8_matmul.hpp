@@ -64,6 +64,7 @@ void sums_of_tile(const uint8_t* tile, const int8_t* panel, int64_t steps, int32
   const __m512i start0 = _mm512_sub_epi32(zero, _mm512_loadu_si512(panel));
   const __m512i start1 = _mm512_sub_epi32(zero, _mm512_loadu_si512(panel + 64));
   __m512i sum0[Rows], sum1[Rows];
+#pragma GCC unroll 12
   for (int r = 0; r < Rows; ++r) {
     sum0[r] = start0;
     sum1[r] = start1;
@@ -77,6 +78,7 @@ void sums_of_tile(const uint8_t* tile, const int8_t* panel, int64_t steps, int32
     const __m512i w0 = _mm512_loadu_si512(weights);
     const __m512i w1 = _mm512_loadu_si512(weights + 64);
     weights += kStepBytes;
+#pragma GCC unroll 12
     for (int r = 0; r < Rows; ++r) {
       int32_t four;
       std::memcpy(&four, tile + (s * Rows + r) * kGroup, kGroup);
@@ -85,6 +87,7 @@ void sums_of_tile(const uint8_t* tile, const int8_t* panel, int64_t steps, int32
       sum1[r] = _mm512_dpbusd_epi32(sum1[r], a, w1);
     }
   }
+#pragma GCC unroll 12
   for (int r = 0; r < Rows; ++r) {
     _mm512_storeu_si512(sums + r * kChannels, sum0[r]);
     _mm512_storeu_si512(sums + r * kChannels + 16, sum1[r]);
@@ -130,6 +133,7 @@ void sums_of_half(const uint8_t* tile, const int8_t* half, int64_t steps, int64_
     for (auto& vector : of_row) vector = _mm256_setzero_si256();
   for (int64_t s = 0; s < steps; ++s) {
     __m256i a[Rows];
+#pragma GCC unroll 12
     for (int r = 0; r < Rows; ++r) {
       int32_t four;
       std::memcpy(&four, tile + (s * rows + row + r) * kGroup, kGroup);
@@ -141,6 +145,7 @@ void sums_of_half(const uint8_t* tile, const int8_t* half, int64_t steps, int64_
       for (int r = 0; r < Rows; ++r) pairs[r][q] = _mm256_add_epi32(pairs[r][q], _mm256_madd_epi16(a[r], w));
     }
   }
+#pragma GCC unroll 12
   for (int r = 0; r < Rows; ++r) {
     for (int q = 0; q < 4; q += 2) {
       // hadd works within 128-bit lanes: channels 0 1 4 5 | 2 3 6 7, which the permutation puts in order

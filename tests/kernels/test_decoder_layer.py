@@ -1,4 +1,4 @@
-"""A decoder layer in one native call beside its own modules. ``test_isa.py`` runs this file for every instruction set."""
+"""A decoder layer in one native call beside its modules. ``test_isa.py`` runs this file for every instruction set."""
 
 import multiprocessing
 from collections.abc import Iterator

@@ -7,7 +7,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from tiny_families import FAMILIES
+from tiny_families import FAMILIES, agree
 
 from fewbits.models.linear import QuantLinear
 
@@ -115,7 +115,7 @@ def test_an_adapter_is_saved_and_loaded(saved: Saved, tmp_path: Path) -> None:
         expected = model(IDS).logits
         assert torch.equal(again(IDS).logits, expected)
         with model.disable_adapter():
-            assert torch.equal(model(IDS).logits, load(saved)(IDS).logits)
+            assert agree(model(IDS).logits, load(saved)(IDS).logits)
         assert torch.equal(model.generate(IDS, max_new_tokens=4), again.generate(IDS, max_new_tokens=4))
 
 

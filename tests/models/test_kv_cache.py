@@ -91,8 +91,8 @@ def test_a_token_is_written_where_there_is_room(window: int | None) -> None:
     assert len(addresses) < 10
 
 
-def test_what_was_given_out_stays(window: None = None) -> None:
-    layer = ours(window)
+def test_what_was_given_out_stays() -> None:
+    layer = ours(None)
     keys, values = layer.update(*states(1, 5))
     before = keys.clone(), values.clone()
     for seed in range(400):
