@@ -62,7 +62,7 @@ NB_MODULE(_native, m) {
       [](uintptr_t x, uintptr_t packed, uintptr_t channel_scales, uintptr_t bias, uintptr_t out, int64_t M, int64_t N,
          int64_t K, int threads) {
         fewbits::int8_linear_two_digits(at<const float>(x), at<const int8_t>(packed), at<const float>(channel_scales),
-                             at<const float>(bias), at<float>(out), M, N, K, threads);
+                                        at<const float>(bias), at<float>(out), M, N, K, threads);
       },
       nb::call_guard<nb::gil_scoped_release>());
 
