@@ -20,7 +20,7 @@ def int4_linear(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None, 
     each = unpack_scales(scales, out_features).float()  # [N, G]
     N, G = each.shape
     weight = _values(packed, N, x.shape[-1], "int4").view(N, G, -1)
-    tokens = codes.double().unflatten(-1, (G, x.shape[-1] // G))
+    tokens = codes.double().view(*x.shape[:-1], G, x.shape[-1] // G)
     out = x.new_zeros((*x.shape[:-1], N))
     for g in range(G):  # integers in float64: exact in any order
         out = out + (tokens[..., g, :] @ weight[:, g].double().T).float() * each[:, g]
