@@ -60,7 +60,7 @@ def test_what_it_cost(int8: Path, tmp_path: Path) -> None:
     rows = json.loads((tmp_path / "compare.json").read_text())["rows"]
     assert [row["precision"] for row in rows] == ["fp32", "bf16", "int8"]
     fp32, bf16, quantized = rows
-    assert fp32["perplexity"] == pytest.approx(16.63, abs=0.02)
+    assert fp32["perplexity"] == pytest.approx(16.193, abs=0.02)  # digits cut one by one: see test_quality.py
     assert fp32["kl"] == 0
     assert 0 < bf16["kl"] < 0.005
     assert bf16["kl"] < quantized["kl"] <= 0.04
@@ -70,7 +70,7 @@ def test_what_it_cost(int8: Path, tmp_path: Path) -> None:
     assert quantized["memory_bytes"] < 0.75 * bf16["memory_bytes"]
     assert quantized["disk_bytes"] < 0.65 * bf16["disk_bytes"]
     assert all(row["prefill_tps"] > row["decode_tps"] > 0 for row in rows)
-    assert "16.6" in table
+    assert "16.19" in table
 
 
 def test_it_answers(int8: Path) -> None:
