@@ -9,6 +9,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --con
 MODEL  := $(CACHE)/SmolLM2-135M-Instruct.Q4_1.gguf
 INT8   := build/smollm2-int8
 BF16   := build/smollm2-bf16
+LLAMA  := build/llama-1.2b
 SOURCES := $(shell find src csrc -name '*.py' -o -name '*.cpp' -o -name '*.hpp')
 
 .PHONY: help demo test lint format bench bench-peers interop certify clean
@@ -40,10 +41,14 @@ test: .venv/dev .venv/built $(MODEL)
 	FEWBITS_DEMO_MODEL="$(MODEL)" $(BIN)/python -m pytest
 
 # make bench  fewbits beside its peers, in one run
-bench: build/peers/made $(INT8)/config.json $(BF16)/config.json
+bench: bench-peers $(INT8)/config.json $(BF16)/config.json $(LLAMA)/config.json
 	$(BIN)/python benchmarks/bench_convert.py $(MODEL) --json build/bench_convert.json
 	PYTHONPATH=build/peers $(BIN)/python benchmarks/bench_generate.py $(BF16) $(INT8) --json build/bench_generate.json
 	$(BIN)/python benchmarks/bench_cast.py --json build/bench_cast.json
+	PYTHONPATH=build/peers $(BIN)/python benchmarks/bench_load.py $(LLAMA) --json build/bench_load.json
+	PYTHONPATH=build/llama $(BIN)/python benchmarks/bench_quantize.py $(LLAMA) --json build/bench_quantize.json
+	PYTHONPATH=build/peers:build/llama $(BIN)/python benchmarks/bench_speed.py $(BF16) --json build/bench_speed.json
+	PYTHONPATH=build/peers:build/llama $(BIN)/python benchmarks/bench_speed.py $(LLAMA) --json build/bench_speed_llama.json
 
 # make bench-peers  install what the benchmarks and the interop check run beside fewbits; builds llama.cpp
 bench-peers: build/peers/made build/llama/made
@@ -92,6 +97,11 @@ $(MODEL): tools/demo_model.py | .venv/tools
 
 $(INT8)/config.json $(BF16)/config.json: build/smollm2-%/config.json: $(MODEL) | .venv/built
 	$(BIN)/fewbits convert $(MODEL) build/smollm2-$* --to $* --overwrite
+	@touch $@
+
+$(LLAMA)/config.json: $(BF16)/config.json
+	rm -rf $(LLAMA)
+	$(BIN)/python tools/random_model.py llama-1.2b $(LLAMA) --tokenizer $(BF16)
 	@touch $@
 
 build/compare.txt: $(INT8)/config.json

@@ -80,7 +80,16 @@ def run_once(way: str, model: Path, where: str) -> dict[str, float]:
     source = Path("build/speed") / f"{model.name}-bf16.gguf"
     if way.startswith("llama") and not source.exists():
         source.parent.mkdir(parents=True, exist_ok=True)
-        command = ["fewbits", "convert", str(model), str(source), "--to", "bf16", "--layout", "gguf"]
+        command = [
+            Path(sys.executable).with_name("fewbits"),
+            "convert",
+            str(model),
+            str(source),
+            "--to",
+            "bf16",
+            "--layout",
+            "gguf",
+        ]
         subprocess.run(command, check=True)
     with tempfile.TemporaryDirectory(dir=where) as folder:
         if way.startswith("llama"):

@@ -191,12 +191,12 @@ def torch_step(model: Any) -> Step:
     """Time a transformers model: its own forward with its own cache."""
     import torch
 
-    from fewbits.measure.speed import _time_once
+    from fewbits.measure.speed import time_once
 
     torch.set_num_threads(THREADS)
 
     def step(prompt: list[int], new: int) -> tuple[float, float]:
-        return _time_once(model, torch.tensor([prompt]), new, {"logits_to_keep": 1})
+        return time_once(model, torch.tensor([prompt]), new, {"logits_to_keep": 1})
 
     return step
 

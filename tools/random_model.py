@@ -1,6 +1,6 @@
 """Write a checkpoint with random weights in the shapes of a real model, shard by shard: something large to measure on.
 
-    python tools/random_model.py llama-1.2b build/llama-1.2b
+    python tools/random_model.py llama-1.2b build/llama-1.2b --tokenizer build/smollm2-bf16
     python tools/random_model.py CHATGLM3_FOLDER build/chatglm3-6b --shards 7
 
 The first argument is a name below, or a folder with the configuration (and tokenizer) of a ChatGLM model. The weights
@@ -19,6 +19,7 @@ import torch
 from transformers import LlamaConfig
 
 from fewbits.models.architecture import empty_model
+from fewbits.models.load import AutoTokenizer
 from fewbits.models.safetensors_writer import SafetensorsWriter
 
 Shapes = dict[str, tuple[int, ...]]
@@ -45,6 +46,7 @@ def main() -> None:
     parser.add_argument("model", help=f"a folder with a ChatGLM configuration, or one of {', '.join(CONFIGS)}")
     parser.add_argument("out", type=Path)
     parser.add_argument("--shards", type=int, default=2)
+    parser.add_argument("--tokenizer", type=Path, help="a folder whose tokenizer goes beside the weights")
     options = parser.parse_args()
     options.out.mkdir(parents=True)
     if options.model in CONFIGS:
@@ -57,6 +59,8 @@ def main() -> None:
             if file.is_file():
                 shutil.copy(file, options.out)
         shapes = chatglm_shapes(json.loads((options.out / "config.json").read_text()))
+    if options.tokenizer:
+        AutoTokenizer.from_pretrained(options.tokenizer).save_pretrained(options.out)
     write(options.out, shapes, options.shards)
 
 

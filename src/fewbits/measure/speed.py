@@ -59,14 +59,14 @@ def measure_speed(
     last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     prefill, decode = float("inf"), float("inf")
     for done in range(1, repeats + 1):
-        read, written = _time_once(model, prompt, new_tokens, last_only)
+        read, written = time_once(model, prompt, new_tokens, last_only)
         prefill, decode = min(prefill, read), min(decode, written)
         if progress:
             progress(done, repeats)
     return Speed(prefill=prompt.numel() / prefill, decode=new_tokens / decode)
 
 
-def _time_once(model: Any, prompt: torch.Tensor, new_tokens: int, last_only: dict[str, int]) -> tuple[float, float]:
+def time_once(model: Any, prompt: torch.Tensor, new_tokens: int, last_only: dict[str, int]) -> tuple[float, float]:
     """Seconds for the prompt [1, P], and for N tokens after it."""
     with torch.inference_mode():
         started = _now(prompt.device)

@@ -16,7 +16,7 @@ from transformers.core_model_loading import dot_natural_key
 
 from fewbits.errors import FewbitsError
 from fewbits.models.naming import Place, conversion_keeps_rows, converted
-from fewbits.models.precision import PRECISIONS, cast_weight
+from fewbits.models.precision import PRECISIONS, cast_weight, refuse_overflow
 from fewbits.models.quantizable import output_head, quantizable_weights
 from fewbits.models.quantized_source import QuantizedSource
 from fewbits.models.quantizer import Plan
@@ -212,6 +212,6 @@ def _read_kept(reader: _Reader, name: str, dtype: torch.dtype) -> Tensor:
 def _read_checked(reader: _Reader, name: str, dtype: torch.dtype) -> Tensor:
     """The tensor itself; transformers casts it, and to a wider dtype where the model wants one."""
     tensor = reader.read(name)
-    if tensor.is_floating_point() and tensor.dtype != dtype:
-        cast_weight(name, tensor, dtype)
+    if tensor.is_floating_point():
+        refuse_overflow(name, tensor, dtype)
     return tensor

@@ -30,7 +30,7 @@ from fewbits.models.quantizable import experts_left_out, output_head, quantizabl
 from fewbits.models.quantized_source import QuantizedSource
 from fewbits.models.quantizer import FewbitsConfig, Plan
 from fewbits.models.source import Source
-from fewbits.models.stored_dtype import nominal_dtype, stored_dtype, stored_precision
+from fewbits.models.stored_dtype import nominal_dtype, stored_dtype
 
 
 class Loading:
@@ -50,7 +50,7 @@ class Loading:
         if isinstance(keep, str):
             raise FewbitsError(f"keep: a list of patterns is needed, got the string {keep!r}; give keep=[{keep!r}]")
         self.source, self.config, self.keep, self.progress = source, config, keep, progress
-        stored = stored_precision(source)
+        stored = source.precision if isinstance(source, QuantizedSource) else None
         if stored is not None and asked is not None and asked.name != stored.name:
             raise FewbitsError(
                 f"{source.path} is stored in {stored.name} and cannot be loaded in {asked.name}; "

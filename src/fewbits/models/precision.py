@@ -94,17 +94,27 @@ def cast_weight(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
     Raises:
         FewbitsError: If a finite value is beyond the dtype's largest number.
     """
-    cast = weight.to(dtype)
-    if cast.numel() == 0 or all(extreme.isfinite() for extreme in cast.aminmax()):  # takes no memory
-        return cast
-    beyond = cast.isinf() & ~weight.isinf()
+    refuse_overflow(name, weight, dtype)
+    return weight.to(dtype)
+
+
+def refuse_overflow(name: str, weight: Tensor, dtype: torch.dtype) -> None:
+    """Refuse a weight that another dtype cannot hold. It is only looked at: rounding keeps the order of numbers.
+
+    Raises:
+        FewbitsError: If a finite value is beyond the dtype's largest number.
+    """
+    if weight.dtype == dtype or weight.dtype.itemsize == 1 or weight.numel() == 0:  # no 8-bit float is beyond
+        return
+    if all(extreme.to(dtype).isfinite() for extreme in weight.aminmax()):  # takes no memory
+        return
+    beyond = weight.to(dtype).isinf() & ~weight.isinf()
     if beyond.any():
         format_name = next(known for known, its in TORCH_DTYPES.items() if its == dtype)
         raise FewbitsError(
             f"{name}: {weight[beyond][0].item():.6g} is beyond {format_name}, whose largest number "
             f"is {torch.finfo(dtype).max:.6g}; use bf16 or fp32"
         )
-    return cast
 
 
 def precision_named(name: str) -> Precision:

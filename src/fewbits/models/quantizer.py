@@ -14,7 +14,6 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from fewbits.errors import FewbitsError
 from fewbits.models.experts import QuantExperts
-from fewbits.models.fused import fuse
 from fewbits.models.layouts import compressed_tensors
 from fewbits.models.linear import QuantHead, QuantLinear, cast_to_weight, keep_compute_dtype
 from fewbits.models.offload import placed_like, weight_of
@@ -110,21 +109,23 @@ class FewbitsQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is no
             linears.append(head.removesuffix(".weight"))
         self.quantization_config.ignore = linears
         model.requires_grad_(False)
+        from fewbits.models.fused import fuse  # imported here: it brings the code of every family that it knows
+
         fuse(model)
 
     def get_state_dict_and_metadata(
         self, model: transformers.PreTrainedModel
     ) -> tuple[dict[str, Tensor], dict[str, str]]:
         """What ``save_pretrained`` writes: codes and scales in the layout's terms, the rest as it was stored."""
-        plan, head = self.plan, output_head(model)
-        state: dict[str, Tensor] = model.state_dict()
+        plan, state = self.plan, model.state_dict()
+        made_again = output_head(model) if _is_tied(model) else None  # of the embedding, when the model is loaded
         if away := next((name for name, tensor in state.items() if tensor.is_meta), None):
             raise FewbitsError(f"{away} is not in memory, so the model cannot be saved; load it without offloading")
         written: dict[str, Tensor] = {}
         for name, tensor in state.items():
             owner = name.rpartition(".")[0]
-            if _is_tied(model) and head is not None and owner == head.rpartition(".")[0]:
-                continue  # made of the embedding again when it is loaded
+            if made_again is not None and owner == made_again.rpartition(".")[0]:
+                continue
             module, scales = model.get_submodule(owner), state.get(f"{name}_scale")
             if isinstance(module, (QuantLinear, QuantExperts)) and scales is not None:
                 weight = QuantizedTensor(tensor.view(CODE_DTYPES[module.format]), scales, module.format)

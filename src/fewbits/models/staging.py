@@ -44,10 +44,10 @@ def staged_folder(out: Path, *, overwrite: bool, nbytes: int, fingerprint: str |
     """
     _refuse_to_replace(out, overwrite)
     staging = out.parent / f".{out.name}.incomplete"
-    with _parents(out), _locked(staging, out):
+    with parents_made(out), _locked(staging, out):
         try:
             _clear(staging, fingerprint)
-            _refuse_full_disk(out, nbytes - _bytes_on_disk(staging))
+            refuse_full_disk(out, nbytes - _bytes_on_disk(staging))
             yield staging
             (staging / RECORD).unlink(missing_ok=True)
             _swap(staging, out)
@@ -62,7 +62,7 @@ def staged_folder(out: Path, *, overwrite: bool, nbytes: int, fingerprint: str |
 
 
 @contextmanager
-def _parents(out: Path) -> Iterator[None]:
+def parents_made(out: Path) -> Iterator[None]:
     """Make the folders above ``out``; if the block raises, those made here go again, if they are empty."""
     made = [parent for parent in out.absolute().parents if not parent.exists()]
     try:
@@ -147,7 +147,12 @@ def _refuse_to_replace(out: Path, overwrite: bool) -> None:
         raise FewbitsError(f"{out} holds no model, so --overwrite does not delete it; remove it yourself or rename")
 
 
-def _refuse_full_disk(out: Path, nbytes: int) -> None:
+def refuse_full_disk(out: Path, nbytes: int) -> None:
+    """Refuse to begin what the disk has not the room for.
+
+    Raises:
+        FewbitsError: If fewer than ``nbytes`` are free where ``out`` will be.
+    """
     free = shutil.disk_usage(out.parent).free
     if nbytes > free:
         raise FewbitsError(

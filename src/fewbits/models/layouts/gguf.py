@@ -16,16 +16,18 @@ import gguf
 import numpy as np
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
-from transformers import AutoModelForCausalLM
 
 from fewbits.errors import FewbitsError
+from fewbits.models.architecture import empty_model
 from fewbits.models.gguf_blocks import BLOCK
 from fewbits.models.gguf_config import ARCHITECTURES
 from fewbits.models.gguf_rope import ROPE_FREQUENCIES
 from fewbits.models.layouts.gguf_keys import Keys, family_of, frequency_factors, model_keys
 from fewbits.models.layouts.gguf_tensors import PLAIN, GgufRow, encoded_tensor
 from fewbits.models.layouts.gguf_vocabulary import vocabulary_keys
+from fewbits.models.naming import check_tensors
 from fewbits.models.source import Source
+from fewbits.models.staging import parents_made, refuse_full_disk
 from fewbits.tensors.quantized import CODE_DTYPES
 
 _T = GGMLQuantizationType
@@ -126,7 +128,14 @@ def write(
             f"{path} exists; give another name{'' if path.is_dir() else ', or --overwrite to replace it'}"
         )
     keys = _keys(source, rows)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with parents_made(path):
+        refuse_full_disk(path, sum(row.nbytes for row in rows))
+        _write_file(path, source, rows, keys, progress)
+
+
+def _write_file(
+    path: Path, source: Source, rows: Sequence[GgufRow], keys: Keys, progress: Callable[[int, int], None] | None
+) -> None:
     staging = path.with_name(f".{path.name}.incomplete")
     writer = gguf.GGUFWriter(staging, family_of(source.config, source.path).architecture)
     try:
@@ -154,39 +163,24 @@ def _gguf_names(source: Source) -> dict[str, str]:
     config, path = source.config, source.path
     family = family_of(config, path)
     model_keys(config, path)  # refuses what cannot be said, before any work
-    tied = _check_tensors(source)
+    model = empty_model(config, torch.bfloat16)
+    places = check_tensors(model, {name: tensor.shape for name, tensor in source.tensors.items()}, path)
     name_map = gguf.get_tensor_name_map(ARCHITECTURES[family.architecture].names, config.num_hidden_layers)
     names = {}
     for name, tensor in source.tensors.items():
-        if name in tied or name.endswith(".rotary_emb.inv_freq"):
+        parameter = places[name].parameter if name in places else name
+        if parameter in model.all_tied_weights_keys or name.endswith(".rotary_emb.inv_freq"):
             continue  # a copy of the embedding, or of what the configuration says
         if tensor.stored_as not in _STORED:
             raise FewbitsError(
                 f"{path}: {name} is stored as {tensor.stored_as}, codes that are not read here; convert the model that "
                 "it was made from"
             )
-        module, _, leaf = name.rpartition(".")
+        module, _, leaf = parameter.rpartition(".")
         if (found := name_map.get_name(module)) is None:
             raise FewbitsError(f"{path}: tensor {name!r} has no name in GGUF; use --layout compressed-tensors")
         names[name] = f"{found}.{leaf}"
     return names
-
-
-def _check_tensors(source: Source) -> set[str]:
-    """Check that every parameter of the model is there in its shape; the names of those that repeat another."""
-    with torch.device("meta"):  # no memory, no initialization
-        model = AutoModelForCausalLM.from_config(source.config)
-    tied = set(model.all_tied_weights_keys)
-    for name, parameter in model.state_dict().items():
-        stored, shape = source.tensors.get(name), tuple(parameter.shape)
-        if stored is None and name not in tied:
-            raise FewbitsError(f"{source.path}: lacks {name}, a parameter of the model; fetch it again")
-        if stored is not None and stored.shape != shape:
-            raise FewbitsError(
-                f"{source.path}: {name} has shape {list(stored.shape)}, but the configuration asks for {list(shape)}; "
-                "config.json and the weights are not of the same model"
-            )
-    return tied
 
 
 def _row(tensor: str, name: str, shape: tuple[int, ...], kind: GgufType) -> GgufRow:
