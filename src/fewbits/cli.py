@@ -23,6 +23,7 @@ from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progres
 from fewbits.errors import FewbitsError, OverflowWarning
 
 _INTERRUPTED = 130  # the exit code after Ctrl-C: 128 + SIGINT
+PRECISION = "int8, int8-weight, int4, nf4, fp8, bf16, fp16 or fp32; without it, as stored."
 MODEL = "A Hub id, a folder, or a .gguf file."
 
 app = typer.Typer(
@@ -161,9 +162,7 @@ def generate(
     ] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the draws, where temperature is above 0.")] = 0,
-    precision: Annotated[
-        str | None, typer.Option(help="int8, int8-weight, int4, nf4, fp8, bf16, fp16, fp32; else as stored.")
-    ] = None,
+    precision: Annotated[str | None, typer.Option(help=PRECISION)] = None,
     raw: Annotated[bool, typer.Option("--raw", help="No chat template: continue the prompt as it is.")] = False,
 ) -> None:
     """Let a model answer a prompt; its chat template is applied."""
@@ -197,9 +196,7 @@ def chat(
     ] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.7,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the draws, where temperature is above 0.")] = 0,
-    precision: Annotated[
-        str | None, typer.Option(help="int8, int8-weight, int4, nf4, fp8, bf16, fp16, fp32; else as stored.")
-    ] = None,
+    precision: Annotated[str | None, typer.Option(help=PRECISION)] = None,
 ) -> None:
     """Talk with a model; Ctrl-C stops an answer, Ctrl-D ends. From a pipe, each line is a turn."""
     from fewbits.models.chat import Conversation, check_chat
