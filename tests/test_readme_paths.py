@@ -74,10 +74,10 @@ def test_every_command_parses(page: str) -> None:
 
 
 def test_paths_are_found_in_prose() -> None:
-    text = """See `src/fewbits/cli.py`, [the docs](docs/gone.md#part) and `csrc/{a,b}.cpp`; `fp16`, `x/y` and
+    text = """See `src/fewbits/cli/app.py`, [the docs](docs/gone.md#part) and `csrc/{a,b}.cpp`; `fp16`, `x/y` and
     [elsewhere](https://example.org/a.md) are none.\n```\n`src/in_a_block.py`\n```\n"""
-    assert named_paths(text) == {"src/fewbits/cli.py", "docs/gone.md", "csrc/{a,b}.cpp"}
-    assert exists("src/fewbits/cli.py")
+    assert named_paths(text) == {"src/fewbits/cli/app.py", "docs/gone.md", "csrc/{a,b}.cpp"}
+    assert exists("src/fewbits/cli/app.py")
     assert exists("models/load.py")
     assert exists("csrc/*.cpp")
     assert exists("tests/test_{layers,front_door}.py")

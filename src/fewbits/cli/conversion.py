@@ -1,0 +1,87 @@
+"""`fewbits convert` and `fewbits compare`."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from fewbits.cli.app import INTERRUPTED, MODEL, app, fail, progress_bar, refuse_unwritable, to_stderr, write_json
+from fewbits.errors import OverflowWarning
+
+
+@app.command()
+def convert(
+    model: Annotated[str, typer.Argument(help=MODEL)],
+    out: Annotated[Path, typer.Argument(help="The folder to write; of --layout gguf, the file.")],
+    to: Annotated[
+        str, typer.Option(help="int8 (weights and activations), int8-weight, int4, fp8; or a cast: bf16, fp16, fp32.")
+    ] = "int8",
+    layout: Annotated[
+        str, typer.Option(help="How it is written: compressed-tensors, bitsandbytes or gguf.")
+    ] = "compressed-tensors",
+    keep: Annotated[list[str] | None, typer.Option(help="Modules not to quantize, * matches anything.")] = None,
+    overflow: Annotated[
+        str | None,
+        typer.Option(help="Beyond a cast's range: saturate or ieee (Inf); without it, the format's own rule."),
+    ] = None,
+    allow_nonfinite: Annotated[
+        bool, typer.Option("--allow-nonfinite", help="Write the source's NaN and Inf as they are.")
+    ] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the model's own code, where transformers needs it.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that is there.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the manifest here.")] = None,
+) -> None:
+    """Convert a model to another precision, tensor by tensor."""
+    from fewbits.quantize.convert import convert as run
+    from fewbits.report.terminal import cast_table, human_bytes, manifest_table
+
+    refuse_unwritable(json)
+    console = Console()
+    try:
+        with progress_bar("converting", in_bytes=True) as step, warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always", OverflowWarning)
+            done = run(
+                model, out, to, layout=layout, keep=keep or (), overflow=overflow, allow_nonfinite=allow_nonfinite,
+                overwrite=overwrite, revision=revision, trust_remote_code=trust_remote_code, progress=step,
+                on_manifest=lambda rows: console.print(manifest_table(rows)),
+            )  # fmt: skip
+    except KeyboardInterrupt as stop:  # here, since Typer does not pass on what it says
+        fail("; ".join(["interrupted", *getattr(stop, "__notes__", ())]), INTERRUPTED)
+    if json is not None:
+        write_json(json, {"path": str(done.path), "to": to, "nbytes": done.nbytes,
+                           "manifest": [asdict(row) for row in done.manifest],
+                           "casts": [asdict(cast) for cast in done.casts]})  # fmt: skip
+    if done.casts:
+        console.print(cast_table(done.casts))
+    for warning in told:
+        to_stderr("WARNING:", str(warning.message), style="bold red")
+    if done.rounding is not None:
+        typer.echo(f"note: {done.rounding}")
+    typer.echo(f"wrote {done.path}: {to}, {human_bytes(done.nbytes)} of weights")
+
+
+@app.command()
+def compare(
+    reference: Annotated[str, typer.Argument(help=f"The original. {MODEL}")],
+    candidates: Annotated[list[str], typer.Argument(help="Converted models.")],
+    text: Annotated[Path | None, typer.Option(help="UTF-8 text to measure on; without it, a built-in one.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the figures here.")] = None,
+) -> None:
+    """Show original and converted models side by side: size, KL divergence, perplexity, tokens per second."""
+    from fewbits.measure.compare import compare as run
+    from fewbits.report.terminal import comparison_table
+
+    refuse_unwritable(json)
+    with progress_bar("comparing") as step:
+        result = run(reference, candidates, text, progress=lambda what, done, total: step(done, total, what))
+    if json is not None:
+        write_json(json, result.to_json())
+    Console().print(comparison_table(result))
