@@ -16,14 +16,14 @@ import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from fewbits.formats import Format
 from fewbits.train.recipe import Recipe, is_eight_bit
-from fewbits.train.scaling import AmaxHistory, amax_of, scaled_round
+from fewbits.train.scaling import AmaxHistory, scale_amax, scaled_round
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -79,6 +79,19 @@ def _slices(length: int, width: int) -> Iterator[slice]:
     return (slice(start, min(start + step, length)) for start in range(0, length, step))
 
 
+class Observer(Protocol):
+    """Sees what goes into the matmuls and comes out; see ``fewbits.train.preflight``."""
+
+    def operand(self, key: str, before: Tensor, after: Tensor, fmt: Format, amax: Tensor | None, square: bool) -> None:
+        """An operand was rounded; ``key`` is the module and weight, activation or gradient; else as scaled_round."""
+
+    def result(self, key: str, result: Tensor) -> None:
+        """A matmul gave this; ``key`` is the module and output, input_gradient or weight_gradient."""
+
+    def matmul(self, func: Any, args: tuple[Any, ...], result: Any) -> None:
+        """A function other than a known linear layer was called, with operands rounded to the results' format."""
+
+
 @dataclass
 class Operands:
     """Rounds what goes into the matmuls of a recipe; weights once a step.
@@ -86,10 +99,12 @@ class Operands:
     Attributes:
         recipe: The formats.
         history: Of delayed scaling.
+        observer: Sees all that is rounded.
     """
 
     recipe: Recipe
     history: AmaxHistory
+    observer: Observer | None = None
 
     def __post_init__(self) -> None:
         self.dtype = DTYPES[self.recipe.results.name]
@@ -136,16 +151,17 @@ class Operands:
         return self._round(g, self.recipe.gradients, f"{name} gradient", False)
 
     def _round(self, x: Tensor, fmt: Format, key: str, square: bool) -> Tensor:
+        amax = None
         if not is_eight_bit(fmt):
-            return x.to(self.dtype)
-        if x.numel() == 0:
+            rounded = x.to(self.dtype)
+        elif x.numel() == 0:
             return x.bfloat16()
-        scaling = self.recipe.scaling or "tensor"
-        delayed = scaling == "delayed"
-        amax = amax_of(x, "tensor" if delayed else scaling, square)
-        if delayed:
-            amax = self.history.scale_amax(key, amax)
-        return scaled_round(x, fmt, amax, square)
+        else:
+            amax = scale_amax(x, self.recipe.scaling, self.history, key, square)
+            rounded = scaled_round(x, fmt, amax, square)
+        if self.observer is not None:
+            self.observer.operand(key, x, rounded, fmt, amax, square)
+        return rounded
 
 
 class _Linear(torch.autograd.Function):
@@ -155,6 +171,8 @@ class _Linear(torch.autograd.Function):
         rounded = operands.activation(tokens, name)
         held = operands.weight(weight, name, transposed=False)  # [N, K]
         y = product(*_alike(rounded, held.t()), operands.dtype, bias)
+        if operands.observer is not None:
+            operands.observer.result(f"{name} output", y)
         ctx.operands, ctx.name, ctx.x_dtype, ctx.x_shape = operands, name, x.dtype, x.shape
         # Where scales run along the sums, the backward pass rounds anew, along other sums.
         ctx.save_for_backward(tokens if operands.both_ways else rounded, weight)
@@ -176,6 +194,10 @@ class _Linear(torch.autograd.Function):
             dw = product(*_alike(gt, xt), operands.dtype)
         if ctx.needs_input_grad[2]:
             db = g.sum(0, dtype=torch.float32)
+        if operands.observer is not None:
+            for kind, gradient in (("input_gradient", dx), ("weight_gradient", dw)):
+                if gradient is not None:
+                    operands.observer.result(f"{name} {kind}", gradient)
         return dx, dw, db, None, None
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from fewbits.train.matmul import DTYPES, Operands, linear, runs_natively
+from fewbits.train.matmul import DTYPES, Observer, Operands, linear, runs_natively
 from fewbits.train.recipe import Recipe
 from fewbits.train.scaling import AmaxHistory
 
@@ -72,7 +72,12 @@ class Policy(TorchFunctionMode):
         )  # fmt: skip
         self.kept = Operands(kept, self.history)
         self._weights = weights
+        self._observer: Observer | None = None
         self.active = False
+
+    def observe(self, observer: Observer | None) -> None:
+        """Show it every operand and result from now on; None ends that."""
+        self._observer = self.operands.observer = self.kept.observer = observer
 
     @contextmanager
     def entered(self) -> Iterator[None]:
@@ -137,10 +142,13 @@ class Policy(TorchFunctionMode):
         args, kwargs = _cast(args, self.dtype, floats), _cast(kwargs, self.dtype, floats)
         device = next((arg.device.type for arg in _tensors(args, kwargs)), "cpu")
         if self.dtype == torch.float32 or runs_natively(device, self.dtype):
-            return func(*args, **kwargs)
-        # Autograd rounds the gradients where it goes back through the two casts.
-        result = func(*_cast(args, torch.float32, _NARROW), **_cast(kwargs, torch.float32, _NARROW))
-        return _cast(result, self.dtype, (torch.float32,))
+            result = func(*args, **kwargs)
+        else:  # autograd rounds the gradients where it goes back through the two casts
+            result = func(*_cast(args, torch.float32, _NARROW), **_cast(kwargs, torch.float32, _NARROW))
+            result = _cast(result, self.dtype, (torch.float32,))
+        if self._observer is not None:
+            self._observer.matmul(func, args, result)
+        return result
 
 
 def linear_weights(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -56,15 +56,21 @@ def scaled_round(x: Tensor, fmt: Format, amax: Tensor, square: bool) -> Tensor:
     Returns:
         bfloat16 ``[R, C]``.
     """
+    exponents = scale_exponents(x, fmt, amax, square)
+    up = torch.exp2(exponents)
+    scaled = (x * up).bfloat16() if x.dtype == torch.bfloat16 else x * up
+    rounded = round_to(scaled, fmt, overflow="saturate").bfloat16()
+    return rounded * torch.exp2(-exponents).bfloat16()
+
+
+def scale_exponents(x: Tensor, fmt: Format, amax: Tensor, square: bool) -> Tensor:
+    """The k of each element's scale 2^k, as ``scaled_round`` takes it: float32, broadcasts to ``x``."""
     exponents = _exponents(amax, fmt)
     if amax.ndim == 2 and amax.shape[1] > 1:
         exponents = exponents.repeat_interleave(BLOCK, 1)[:, : x.shape[1]]
     if square and amax.ndim == 2 and amax.shape[0] != x.shape[0]:
         exponents = exponents.repeat_interleave(BLOCK, 0)[: x.shape[0]]
-    up = torch.exp2(exponents)
-    scaled = (x * up).bfloat16() if x.dtype == torch.bfloat16 else x * up
-    rounded = round_to(scaled, fmt, overflow="saturate").bfloat16()
-    return rounded * torch.exp2(-exponents).bfloat16()
+    return exponents
 
 
 def _exponents(amax: Tensor, fmt: Format) -> Tensor:
@@ -106,3 +112,10 @@ class AmaxHistory:
         """Take up where ``state_dict`` was made."""
         self._seen = {key: value.clone() for key, value in state.items()}
         self._now.clear()
+
+
+def scale_amax(x: Tensor, scaling: str | None, history: AmaxHistory, key: str, square: bool) -> Tensor:
+    """The largest magnitudes that an operand's scales come from by a recipe's ``scaling``; None is ``tensor``."""
+    if scaling == "delayed":
+        return history.scale_amax(key, amax_of(x, "tensor", square))
+    return amax_of(x, scaling or "tensor", square)
