@@ -124,6 +124,10 @@ class Operands:
         held = self._weights.get((id(weight), False))
         return held[2] if held and held[0]() is weight else None
 
+    def copy_bytes(self) -> int:
+        """Bytes of the rounded weights that are held."""
+        return sum(held[2].nbytes for held in self._weights.values())
+
     def weight(self, weight: Tensor, name: str, transposed: bool) -> Tensor:
         """The weight ``[N, K]`` as matmuls read it; ``transposed``: with scales for sums over N."""
         fmt = self.recipe.weights

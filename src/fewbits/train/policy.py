@@ -97,6 +97,10 @@ class Policy(TorchFunctionMode):
         self.operands.forget_weights()
         self.kept.forget_weights()
 
+    def copy_bytes(self) -> int:
+        """Bytes of all rounded weights that are held now."""
+        return self.operands.copy_bytes() + self.kept.copy_bytes()
+
     def operands_of(self, weight: Tensor) -> Operands | None:
         """What rounds for a weight of a linear layer; None for other tensors."""
         known = self._weights.get(id(weight))
