@@ -32,6 +32,13 @@ NB_MODULE(_native, m) {
       nb::call_guard<nb::gil_scoped_release>());
 
   m.def(
+      "rotate",
+      [](uintptr_t x, int64_t M, int64_t K, int64_t block, uintptr_t out, int threads) {
+        fewbits::rotate(at<const float>(x), M, K, block, at<float>(out), threads);
+      },
+      nb::call_guard<nb::gil_scoped_release>());
+
+  m.def(
       "pack_int8",
       [](uintptr_t weight, int64_t N, int64_t K, uintptr_t packed, int threads) {
         fewbits::pack_int8(at<const int8_t>(weight), N, K, at<int8_t>(packed), threads);

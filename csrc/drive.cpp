@@ -26,6 +26,12 @@ void quantize_per_token(const float* x, int64_t M, int64_t K, int8_t* codes, flo
   });
 }
 
+void rotate(const float* x, int64_t M, int64_t K, int64_t block, float* out, int threads) {
+  parallel_ranges(useful_threads(M * K, threads), M, [&](int64_t begin, int64_t end) {
+    chosen().kernels->rotate(x + begin * K, (end - begin) * K, block, out + begin * K);
+  });
+}
+
 bool quantize_weight(const WeightJob& job, int threads) {
   std::atomic<bool> bad{false};
   parallel_ranges(useful_threads(job.N * job.K, threads), job.N, [&](int64_t begin, int64_t end) {

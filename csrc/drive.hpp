@@ -9,6 +9,7 @@ namespace fewbits {
 int useful_threads(int64_t work, int threads);
 
 void quantize_per_token(const float* x, int64_t M, int64_t K, int8_t* codes, float* scales, int threads);
+void rotate(const float* x, int64_t M, int64_t K, int64_t block, float* out, int threads);
 bool quantize_weight(const WeightJob& job, int threads);
 void pack_int8(const int8_t* weight, int64_t N, int64_t K, int8_t* packed, int threads);
 void int8_matmul(Int8Matmul job, int threads);  // job.tiles is allocated here

@@ -61,6 +61,8 @@ struct Kernels {
   const char* name;
   // Rows [begin, end) of x [M, K] -> codes [M, K], scales [M].
   void (*quantize_per_token)(const float* x, int64_t K, int64_t begin, int64_t end, int8_t* codes, float* scales);
+  // K features in whole blocks, times an orthogonal Hadamard matrix; in place where that is wanted.
+  void (*rotate)(const float* x, int64_t K, int64_t block, float* out);
   // Rows [begin, end); whether a weight or a scale was not finite.
   bool (*quantize_weight)(const WeightJob& job, int64_t begin, int64_t end);
   // Row tiles [begin, end) of the codes, laid out for int8_matmul.

@@ -12,6 +12,7 @@
 #include "../linear.hpp"
 #include "../quantize_per_token.hpp"
 #include "../quantize_weight.hpp"
+#include "../rotation.hpp"
 #include "../weight_only_matmul.hpp"
 
 namespace {
@@ -20,6 +21,7 @@ constexpr fewbits::Kernels table(const char* name) {
   return {
       .name = name,
       .quantize_per_token = quantize_per_token,
+      .rotate = rotate,
       .quantize_weight = quantize_weight,
       .int8_pack_rows = int8_pack_rows,
       .int8_matmul = int8_matmul,

@@ -10,6 +10,7 @@ import pytest
 HERE = Path(__file__).parent
 FILES = (
     "test_ops.py",
+    "test_rotation.py",
     "test_cast_kernels.py",
     "test_block_kernels.py",
     "test_int4_matmul.py",

@@ -75,6 +75,13 @@ def quantize_per_token(out: tuple[Tensor, Tensor], x: Tensor) -> tuple[Tensor, T
     return out
 
 
+def rotate(out: Tensor, x: Tensor, block: int) -> Tensor:
+    """Fill ``out``, contiguous, of x's shape; see ``rotation.rotate``."""
+    x, K = x.contiguous(), x.shape[-1]
+    _native.rotate(x.data_ptr(), x.numel() // K, K, block, out.data_ptr(), torch.get_num_threads())
+    return out
+
+
 def pack_int8(out: Tensor, weight: Tensor) -> Tensor:
     """Fill the panels ``out`` with the weight ``[N, K]``; see ``packing.pack_int8``."""
     weight = weight.contiguous()
