@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from fewbits.errors import FewbitsError
+from fewbits.models.text import read_text
 
 WINDOWS = 8
 WINDOW_TOKENS = 512
@@ -67,7 +68,7 @@ def token_windows(
             f"window_tokens is {window_tokens}: a window needs at least 2 tokens, one to predict another"
         )
     start = _BUILT_IN_START if text is None else 0
-    content = built_in_text() if text is None else _read(Path(text))
+    content = built_in_text() if text is None else read_text(Path(text))
     # verbose=False: the text is longer than the model's context by design, and is cut here
     ids: Sequence[int] = tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"]
     count = min(windows, (len(ids) - start) // window_tokens)
@@ -78,21 +79,3 @@ def token_windows(
         )
     end = start + count * window_tokens
     return torch.tensor(ids[start:end], dtype=torch.int64).view(count, window_tokens)
-
-
-def _read(path: Path) -> str:
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise FewbitsError(f"text file {path} {what}: give the path of a UTF-8 text file")
-    data = path.read_bytes()
-    try:
-        content = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise FewbitsError(
-            f"text file {path} is not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}; save it as UTF-8"
-        ) from None
-    if not content.strip():
-        raise FewbitsError(
-            f"text file {path} is empty ({len(data)} bytes): give a text of at least one window of tokens"
-        )
-    return content

@@ -95,7 +95,7 @@ class Loading:
         config = copy.deepcopy(self.config)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
-        with tight_memory(), errors_of_offloading(), _quiet(self.progress is not None or not sys.stderr.isatty()):
+        with tight_memory(), errors_of_offloading(), quiet(self.progress is not None or not sys.stderr.isatty()):
             loaded = type(self.empty).from_pretrained(
                 None, *model_args, config=config, state_dict=tensors, dtype=self.dtype, **kwargs
             )
@@ -146,7 +146,7 @@ class Loading:
 
 
 @contextmanager
-def _quiet(silent: bool) -> Iterator[None]:
+def quiet(silent: bool) -> Iterator[None]:
     """Without transformers' progress bar, where the caller has one or there is no terminal to draw it on."""
     logging = transformers.utils.logging
     before = logging.is_progress_bar_enabled()

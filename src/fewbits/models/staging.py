@@ -42,9 +42,9 @@ def staged_folder(out: Path, *, overwrite: bool, nbytes: int, fingerprint: str |
             room.
         OSError: If it cannot be written.
     """
-    _refuse_to_replace(out, overwrite)
+    refuse_to_replace(out, overwrite)
     staging = out.parent / f".{out.name}.incomplete"
-    with parents_made(out), _locked(staging, out):
+    with parents_made(out), locked(staging, out):
         try:
             _clear(staging, fingerprint)
             refuse_full_disk(out, nbytes - _bytes_on_disk(staging))
@@ -78,7 +78,7 @@ def parents_made(out: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _locked(staging: Path, out: Path) -> Iterator[None]:
+def locked(staging: Path, out: Path) -> Iterator[None]:
     """Make the temporary folder and hold it alone until the block ends, by a lock that ends with the process."""
     while True:
         if staging.is_symlink() or staging.is_file():
@@ -133,7 +133,12 @@ def _bytes_on_disk(folder: Path) -> int:
     return sum(path.stat().st_blocks * 512 for path in folder.iterdir())
 
 
-def _refuse_to_replace(out: Path, overwrite: bool) -> None:
+def refuse_to_replace(out: Path, overwrite: bool) -> None:
+    """Refuse to write a folder where something else is.
+
+    Raises:
+        FewbitsError: If ``out`` is no name for a folder, a file, or a folder that may not be replaced.
+    """
     if out.name in ("", ".."):
         raise FewbitsError(f"{out} is no name for a new folder; give one, such as {out / 'model'}")
     if out.is_file() or out.is_symlink():
