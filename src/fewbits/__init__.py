@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fewbits.errors import FewbitsError as FewbitsError
+    from fewbits.errors import PrecisionWarning as PrecisionWarning
     from fewbits.formats import Format as Format
     from fewbits.measure.compare import compare as compare
     from fewbits.models.load import AutoModel as AutoModel
@@ -32,6 +33,7 @@ _HOMES = {
     "Format": "fewbits.formats",
     "LossScaling": "fewbits.train.recipe",
     "MixedPrecision": "fewbits.train.mixed_precision",
+    "PrecisionWarning": "fewbits.errors",
     "Recipe": "fewbits.train.recipe",
     "compare": "fewbits.measure.compare",
     "convert": "fewbits.quantize.convert",

@@ -10,3 +10,7 @@ class FewbitsError(ValueError):
 
 class OverflowWarning(UserWarning):
     """Values of a model are beyond the format that it was cast to; the message names the tensors."""
+
+
+class PrecisionWarning(UserWarning):
+    """Training is set up in a way that is known to lose what it computes; the message says why, and what to do."""

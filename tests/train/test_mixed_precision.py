@@ -172,6 +172,7 @@ def test_a_real_overflow_in_fp16_is_found_and_the_scale_follows() -> None:
     assert not any(skipped[-5:])
 
 
+@pytest.mark.filterwarnings("ignore:recipe fp16. fp16 without loss scaling")
 def test_fp16_without_loss_scaling_loses_gradients_that_scaling_keeps() -> None:
     lost = {}
     for name, rules in (("without", None), ("with", LossScaling())):

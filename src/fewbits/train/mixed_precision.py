@@ -32,6 +32,7 @@ from fewbits.train.arguments import (
     kept_names,
 )
 from fewbits.train.gradients import Culprit, read
+from fewbits.train.lint import lint
 from fewbits.train.loss_scale import LossScale
 from fewbits.train.optimizer import AdamWSweep, TorchStep, Updater
 from fewbits.train.policy import Policy, linear_weights
@@ -80,6 +81,7 @@ class MixedPrecision:
         parameters = check_model(model)
         check_optimizer(optimizer, parameters)
         sweeps = can_sweep(optimizer, self.recipe)
+        lint(self.recipe, model, optimizer)
         weights = linear_weights(model)
         kept = kept_names(self.recipe, list(weights))
         self.policy = Policy(self.recipe, {id(weight): (name, name in kept) for name, weight in weights.items()})

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from fewbits.train.lint import warn_of_autocast
 from fewbits.train.matmul import DTYPES, Observer, Operands, linear, runs_natively
 from fewbits.train.recipe import Recipe
 from fewbits.train.scaling import AmaxHistory
@@ -85,6 +86,7 @@ class Policy(TorchFunctionMode):
         if self.active:
             yield
             return
+        warn_of_autocast()
         self.active = True
         try:
             with self:
