@@ -5,16 +5,12 @@
 
 #include <algorithm>
 
+#include "bindings.hpp"
 #include "drive.hpp"
 #include "parallel.hpp"
 
 namespace nb = nanobind;
 using namespace nb::literals;
-
-template <class T>
-static T* at(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
 
 void bind_decoder(nb::module_& m);  // bindings_decoder.cpp
 
@@ -74,43 +70,17 @@ NB_MODULE(_native, m) {
       nb::call_guard<nb::gil_scoped_release>());
 
   m.def(
-      "int4_linear",
-      [](uintptr_t x, uintptr_t packed, uintptr_t scales, bool bf16_scales, uintptr_t bias, uintptr_t out, int64_t M,
-         int64_t N, int64_t G, int64_t words, int threads) {
-        fewbits::int4_linear(at<const float>(x),
-                             {at<const uint8_t>(packed), at<const void>(scales), bf16_scales, N, G, words, 4},
-                             at<const float>(bias), at<float>(out), M, threads);
-      },
-      nb::call_guard<nb::gil_scoped_release>());
-  m.def(
-      "weight_only_linear",
-      [](uintptr_t x, uintptr_t packed, uintptr_t scales, bool bf16_scales, int32_t codes, uintptr_t table,
-         bool e4m3_tokens, uintptr_t bias, uintptr_t out, int64_t M, int64_t N, int64_t K, int64_t G, int64_t words,
-         int threads) {
-        const auto how = static_cast<fewbits::Codes>(codes);
-        const int64_t code_bits = how == fewbits::Codes::kTable ? 4 : 8;
-        fewbits::weight_only_linear(
-            {{at<const uint8_t>(packed), at<const void>(scales), bf16_scales, N, G, words, code_bits},
-             how,
-             at<const float>(table),
-             e4m3_tokens,
-             at<const float>(x),
-             at<const float>(bias),
-             at<float>(out),
-             K,
-             {M},
-             nullptr,
-             nullptr,
-             nullptr},
-            threads);
+      "panel_linear",
+      [](uintptr_t x, const WeightFields& weight, uintptr_t out, int64_t M, int threads) {
+        fewbits::panel_linear(at<const float>(x), weight_of(weight), at<float>(out), M, threads);
       },
       nb::call_guard<nb::gil_scoped_release>());
 
   m.def(
       "quantize_weight",
-      [](uintptr_t weight, int64_t N, int64_t K, int64_t group, bool bf16_weight, bool bf16_scales, bool nibbles,
-         float divisor, int32_t low, int32_t high, uintptr_t codes, uintptr_t scales, int threads) {
-        return fewbits::quantize_weight({at<const void>(weight), N, K, group, bf16_weight, bf16_scales, nibbles,
+      [](uintptr_t weight, int64_t N, int64_t K, int64_t group, int64_t rotation, bool bf16_weight, bool bf16_scales,
+         bool nibbles, float divisor, int32_t low, int32_t high, uintptr_t codes, uintptr_t scales, int threads) {
+        return fewbits::quantize_weight({at<const void>(weight), N, K, group, rotation, bf16_weight, bf16_scales, nibbles,
                                          divisor, low, high, at<int8_t>(codes), at<float>(scales)},
                                         threads);
       },

@@ -3,6 +3,8 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/tuple.h>
 
+#include "bindings.hpp"
+#include "drive_attention.hpp"
 #include "drive_decoder.hpp"
 
 namespace nb = nanobind;
@@ -12,17 +14,7 @@ using fewbits::DecoderLayer;
 
 namespace {
 
-template <class T>
-T* at(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-fewbits::Weight weight_of(nb::handle fields) {
-  const auto [packed, scales, bias, N, K] =
-      nb::cast<std::tuple<uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t>>(fields);
-  return {
-      fewbits::WeightKind::kInt8, at<const int8_t>(packed), at<const float>(scales), at<const float>(bias), N, K, K};
-}
+fewbits::Weight weight_of(nb::handle fields) { return ::weight_of(nb::cast<WeightFields>(fields)); }
 
 void make_layer(DecoderLayer* self, nb::kwargs fields) {
   const auto address = [&](const char* name) { return at<const float>(nb::cast<uintptr_t>(fields[name])); };
@@ -47,17 +39,62 @@ void make_layer(DecoderLayer* self, nb::kwargs fields) {
                           real("scale")};
 }
 
+// Addresses of the first token and of its scale (0: none), and strides of texts, heads and tokens.
+using CacheFields = std::tuple<uintptr_t, uintptr_t, int64_t, int64_t, int64_t>;
+
+fewbits::CacheTensor cache_of(const CacheFields& fields) {
+  const auto [data, scales, batch, head, token] = fields;
+  return {at<void>(data), at<float>(scales), batch, head, token};
+}
+
+// `strides` are those of the queries, in floats: of a text, a token, a head.
+void attention(uintptr_t queries, const std::tuple<int64_t, int64_t, int64_t>& strides, uintptr_t out, int32_t type,
+               const CacheFields& keys, const CacheFields& values, int64_t B, int64_t T, int64_t S, int64_t Q, int64_t G,
+               int64_t D, uintptr_t mask, int64_t mask_batch, int64_t mask_row, bool causal, float scale, int threads) {
+  const auto [batch, token, head] = strides;
+  const fewbits::Attention job{.queries = at<const float>(queries),
+                               .query_batch = batch,
+                               .query_token = token,
+                               .query_head = head,
+                               .new_keys = nullptr,
+                               .new_values = nullptr,
+                               .out = at<float>(out),
+                               .type = static_cast<fewbits::CacheType>(type),
+                               .keys = cache_of(keys),
+                               .values = cache_of(values),
+                               .B = B,
+                               .T = T,
+                               .Q = Q,
+                               .G = G,
+                               .D = D,
+                               .past = S - T,
+                               .cos = nullptr,
+                               .sin = nullptr,
+                               .R = 0,
+                               .rotary_batch = 0,
+                               .interleaved = false,
+                               .q_norm = nullptr,
+                               .k_norm = nullptr,
+                               .eps = 0,
+                               .mask = at<const uint8_t>(mask),
+                               .mask_batch = mask_batch,
+                               .mask_row = mask_row,
+                               .causal = causal,
+                               .scale = scale};
+  fewbits::attention(job, threads);
+}
+
 }  // namespace
 
 void bind_decoder(nb::module_& m) {
+  m.def("attention", &attention, nb::call_guard<nb::gil_scoped_release>());
   nb::class_<DecoderLayer>(m, "DecoderLayer")
       .def("__init__", &make_layer)
       .def(
           "run",
           [](const DecoderLayer& self, uintptr_t x, uintptr_t out, int64_t B, int64_t T, int64_t past, uintptr_t cos,
-             uintptr_t sin, int64_t R, int64_t rotary_batch, uintptr_t keys, uintptr_t values, int64_t key_batch,
-             int64_t key_head, int64_t value_batch, int64_t value_head, uintptr_t mask, int64_t mask_batch,
-             int64_t mask_row, int threads) {
+             uintptr_t sin, int64_t R, int64_t rotary_batch, int32_t cache, const CacheFields& keys,
+             const CacheFields& values, uintptr_t mask, int64_t mask_batch, int64_t mask_row, int threads) {
             const DecoderCall call{at<const float>(x),
                                    at<float>(out),
                                    B,
@@ -67,12 +104,9 @@ void bind_decoder(nb::module_& m) {
                                    at<const float>(sin),
                                    R,
                                    rotary_batch,
-                                   at<float>(keys),
-                                   at<float>(values),
-                                   key_batch,
-                                   key_head,
-                                   value_batch,
-                                   value_head,
+                                   static_cast<fewbits::CacheType>(cache),
+                                   cache_of(keys),
+                                   cache_of(values),
                                    at<const uint8_t>(mask),
                                    mask_batch,
                                    mask_row};

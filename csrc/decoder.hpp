@@ -1,4 +1,5 @@
-// What one decoder layer is made of: its weights, its tokens, its attention. Data for the kernels; no code of theirs.
+// What one decoder layer is made of, beside its attention (attention_job.hpp): its weights, its tokens. Data for the
+// kernels; no code of theirs.
 //
 // Letters: B texts, T new tokens of each, M = B · T rows, H hidden features, Q query heads, G key and value heads,
 // D channels of a head, S = past + T positions.
@@ -6,87 +7,80 @@
 
 #include <cstdint>
 
+#include "attention_job.hpp"
 #include "panel_weight.hpp"
 
 namespace fewbits {
 
-enum class WeightKind : int32_t { kInt8 };
+// What a weight multiplies: int8 codes with a scale per row, in the order of int8_matmul or of int4_matmul; or floats, as
+// they are or rounded to e4m3fn with a scale per row.
+enum class TokenKind : int32_t { kInt8, kInt4, kFloat, kE4m3 };
 
-// A packed weight [N, K]: panels of kPanelChannels channels, of whatever kind.
-struct Weight {
-  WeightKind kind;
-  const int8_t* packed;
-  const float* scales;  // [N], or as its kind says
-  const float* bias;    // [N] or null
-  int64_t N, K, group;
+// All that tokens depend on beside the rows that they are made of: weights that need the same share them.
+struct TokenNeeds {
+  TokenKind kind;
+  int64_t groups;    // of features, whose codes are summed, if the kind is kInt4; else 1
+  int64_t rotation;  // features of a block that the rows are rotated by (rotation.hpp), or 0
 
-  int64_t panels() const { return (N + kPanelChannels - 1) / kPanelChannels; }
+  bool operator==(const TokenNeeds&) const = default;
 };
 
-// Quantized activations [M, K], as int8_pack_rows lays them out: row tiles [steps][rows][4] of code + 128.
+// A packed weight [N, K] of whatever kind.
+struct Weight {
+  TokenNeeds needs;
+  PanelWeight panels;  // kInt8 has panels of its own (kernels.hpp), and scales [N] float32
+  Codes how;           // kFloat, kE4m3: how codes become numbers
+  const float* table;  // 16 values, for codes of 4 bits
+  const float* bias;   // [N] or null
+  int64_t K;
+};
+
+// Activations [M, K] in row tiles of kPanelRows.
+//
+//   kInt8          [steps][rows][4] unsigned bytes, code + 128
+//   kInt4          [steps][rows][8] codes, features 0 2 4 6 1 3 5 7 of a step
+//   kFloat, kE4m3  [features][rows] floats
 struct Tokens {
+  TokenNeeds needs;
   uint8_t* tiles;
   float* scales;  // [M]
+  int32_t* sums;  // kInt4: by row tile [groups][rows], −8 · Σ code of the group
   int64_t M, K;
 
-  int64_t steps() const { return (K + 3) / 4; }
+  bool floats() const { return needs.kind == TokenKind::kFloat || needs.kind == TokenKind::kE4m3; }
+  int64_t features() const { return (K + 3) / 4 * 4; }  // those beyond K are zeros
+  int64_t row_bytes() const { return features() * (floats() ? 4 : 1); }
   int64_t row_tiles() const { return (M + kPanelRows - 1) / kPanelRows; }
   int64_t rows_of(int64_t tile) const { return tile + 1 < row_tiles() ? kPanelRows : M - tile * kPanelRows; }
-  uint8_t* tile(int64_t index) const { return tiles + index * kPanelRows * steps() * 4; }
+  uint8_t* tile(int64_t index) const { return tiles + index * kPanelRows * row_bytes(); }
+  int32_t* tile_sums(int64_t index) const { return sums + index * kPanelRows * needs.groups; }
 };
 
-// Float rows [M, K] to become tokens, normalized first if there is a norm: weight · x / sqrt(mean x² + eps).
+// Float rows [M, K] to become tokens, normalized first if there is a norm: weight · x / sqrt(mean x² + eps); then
+// rotated, if the tokens need it.
 struct Rows {
   const float* x;     // [M, K]
   const float* norm;  // [K] or null
   float eps;
 };
 
-// Weights with the same input; their outputs lie side by side in a row of `out`.
+// Weights with the same input, made into the tokens that each of them needs; their outputs lie side by side in a row of
+// `out`.
 struct Linear {
-  Tokens tokens;
+  Tokens tokens[3];
   const Weight* weights;
-  int64_t count;
-  float* out;  // [M, stride]
+  int64_t count;  // at most 3
+  float* out;     // [M, stride]
   int64_t stride;
   const float* residual;  // [M, stride] or null: added
   bool gated;             // two weights: out = silu(first) · second
 
   int64_t panels() const {
     int64_t sum = 0;
-    for (int64_t i = 0; i < (gated ? 1 : count); ++i) sum += weights[i].panels();
+    for (int64_t i = 0; i < (gated ? 1 : count); ++i) sum += weights[i].panels.count();
     return sum;
   }
-  int64_t units() const { return panels() * tokens.row_tiles(); }
-};
-
-struct Attention {
-  const float* qkv;  // [M, stride]: query heads, key heads, value heads, as the projections give them
-  int64_t stride;
-  float* out;            // [M, Q · D]
-  float *keys, *values;  // [B, G, ≥ S, D], positions adjacent; those of new tokens are written here
-  int64_t key_batch, key_head, value_batch, value_head;  // strides in floats
-  int64_t B, T, Q, G, D, past;
-  const float *cos, *sin;  // [1 or B, T, R]
-  int64_t R, rotary_batch;
-  bool interleaved;              // which channels turn together: 2i and 2i + 1, or i and i + R / 2
-  const float *q_norm, *k_norm;  // [D] or null
-  float eps;
-  const uint8_t* mask;  // [B, T, S] of 0 and 1, or null: a token sees all up to itself
-  int64_t mask_batch, mask_row;
-  float scale;
-
-  int64_t S() const { return past + T; }
-  int64_t rows() const { return T * (Q / G); }  // queries that share a key head; row r is token r / (Q / G)
-  int64_t limit(int64_t t) const { return mask ? S() : past + t + 1; }  // positions that token t may see
-  const uint8_t* mask_of(int64_t b, int64_t t) const { return mask + b * mask_batch + t * mask_row; }
-};
-
-// Result of some positions, to be merged with others': Σ e^(score − largest) · value, and what it takes to rescale it.
-struct Partial {
-  float* sums;  // [rows, D]
-  float* largest;
-  float* total;
+  int64_t units() const { return panels() * tokens[0].row_tiles(); }
 };
 
 }  // namespace fewbits

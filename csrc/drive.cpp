@@ -6,6 +6,7 @@
 #include <memory>
 
 #include "parallel.hpp"
+#include "room.hpp"
 
 namespace fewbits {
 namespace {
@@ -97,13 +98,21 @@ void int8_linear(const float* x, const int8_t* packed, const float* channel_scal
 void int8_linear_two_digits(const float* x, const int8_t* packed, const float* channel_scales, const float* bias,
                             float* out, int64_t M, int64_t N, int64_t K, int threads) {
   const Kernels& kernels = *chosen().kernels;
-  const Weight weight{WeightKind::kInt8, packed, channel_scales, bias, N, K, K};
-  const std::unique_ptr<uint8_t[]> tiles(new uint8_t[static_cast<size_t>(2 * M * ceil_div(K, kGroup) * kGroup)]);
-  const std::unique_ptr<float[]> scales(new float[static_cast<size_t>(2 * M)]);
-  const Linear job{{tiles.get(), scales.get(), 2 * M, K}, &weight, 1, out, N, nullptr, false};
+  const Weight weight{.needs = {TokenKind::kInt8, 1, 0},
+                      .panels = {reinterpret_cast<const uint8_t*>(packed), channel_scales, false, N, 1, 0},
+                      .how = Codes::kInt8,
+                      .table = nullptr,
+                      .bias = bias,
+                      .K = K};
+  Linear job{{}, &weight, 1, out, N, nullptr, false};
+  Room room;
+  const auto lay_out = [&] { job.tokens[0] = take_tokens(room, weight.needs, 2 * M, K); };
+  lay_out();
+  room.allocate();
+  lay_out();
   parallel_ranges(useful_threads(M * K, threads), M, [&](int64_t begin, int64_t end) {
     const std::unique_ptr<float[]> scratch(new float[static_cast<size_t>(2 * K + 16)]);
-    kernels.make_digits(x, job.tokens, scratch.get(), begin, end);
+    kernels.make_digits(x, job.tokens[0], scratch.get(), begin, end);
   });
   parallel_ranges(useful_threads(2 * M * N * K, threads), job.units(),
                   [&](int64_t begin, int64_t end) { kernels.linear_digits(job, begin, end); });

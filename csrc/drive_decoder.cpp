@@ -7,47 +7,35 @@
 #include "drive_decoder.hpp"
 
 #include <algorithm>
-#include <atomic>
-#include <memory>
+#include <array>
+#include <span>
 #include <vector>
 
 #include "drive.hpp"
+#include "drive_attention.hpp"
 #include "parallel.hpp"
+#include "room.hpp"
 
 namespace fewbits {
 namespace {
 
 constexpr int64_t kOwnRows = 4;                   // at most so many rows are every thread's own business
-constexpr int64_t kFewQueries = 16;               // of a key head: more are worth transposing the keys
 constexpr int64_t kRowsAtOnce = 42 * kPanelRows;  // the widest intermediate result has so many rows
 constexpr int64_t kWorthAThread = 1 << 17;        // multiply-adds
 
-// Room for one thread, or for all: pieces of one allocation, each on a cache line of its own.
-class Room {
- public:
-  template <class T>
-  T* take(int64_t count) {
-    const int64_t at = bytes_;
-    bytes_ += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
-    return memory_ ? reinterpret_cast<T*>(start_ + at) : nullptr;
-  }
-  // After a first round of `take`, which only counts.
-  void allocate() {
-    memory_.reset(new char[static_cast<size_t>(bytes_ + 64)]);
-    start_ = memory_.get() + (64 - reinterpret_cast<uintptr_t>(memory_.get()) % 64) % 64;
-    bytes_ = 0;
-  }
-
- private:
-  std::unique_ptr<char[]> memory_;
-  char* start_ = nullptr;
-  int64_t bytes_ = 0;
+// Room for tokens of one kind: as much as any weight of the layer needs.
+struct Place {
+  uint8_t* tiles;
+  float* scales;
+  int32_t* sums;
 };
 
+// A stage has at most three weights, which may each need tokens of their own.
+using Places = std::array<Place, 3>;
+
 struct ThreadRoom {
-  uint8_t* tiles;
-  float *token_scales, *row, *attention, *merged;
-  Partial* of_row;
+  Places places;
+  float* row;
 };
 
 class Run {
@@ -58,10 +46,13 @@ class Run {
     F_ = layer.down.K;
     most_K_ = std::max({layer.H, layer.Q * layer.D, F_});
     chunk_ = std::min(M_, kRowsAtOnce);
-    few_ = call.T * (layer.Q / layer.G) <= kFewQueries;
     const int64_t macs = M_ * (width_ * layer.H + layer.H * layer.Q * layer.D + 3 * F_ * layer.H);
     threads_ = static_cast<int>(std::clamp<int64_t>(macs / kWorthAThread, 1, threads));
     of_thread_.resize(static_cast<size_t>(threads_));
+    look_at({layer.qkv, 3});
+    look_at({&layer.o, 1});
+    look_at({layer.gate_up, 2});
+    look_at({&layer.down, 1});
     lay_out();
     room_.allocate();
     lay_out();
@@ -72,147 +63,127 @@ class Run {
   }
 
  private:
+  // How much room the tokens of a stage need.
+  void look_at(std::span<const Weight> stage) {
+    int64_t kinds = 0;
+    for (size_t i = 0; i < stage.size(); ++i) {
+      const Tokens tokens{stage[i].needs, nullptr, nullptr, nullptr, M_, stage[i].K};
+      row_bytes_ = std::max(row_bytes_, tokens.row_bytes());
+      groups_ = std::max(groups_, tokens.needs.groups);
+      kinds += first_alike(stage.data(), i) == i;
+    }
+    most_kinds_ = std::max(most_kinds_, kinds);
+  }
+
+  // The first weight of a stage that needs the tokens which weight i needs.
+  static size_t first_alike(const Weight* stage, size_t i) {
+    size_t first = 0;
+    while (stage[first].needs != stage[i].needs) ++first;
+    return first;
+  }
+
   void lay_out() {
-    const int64_t QD = layer_.Q * layer_.D, padded = (most_K_ + 3) / 4 * 4;
+    const int64_t QD = layer_.Q * layer_.D;
     qkv_ = room_.take<float>(M_ * width_);
     attended_ = room_.take<float>(M_ * QD);
     gated_ = room_.take<float>(chunk_ * F_);
-    tiles_ = room_.take<uint8_t>(chunk_ * padded);
-    token_scales_ = room_.take<float>(chunk_);
-    const Attention job = attention();
-    const int64_t groups = call_.B * layer_.G, rows = job.rows();
-    const int64_t scratch = few_ ? rows * layer_.D : kernels_.attention_scratch(job);
-    partials_.resize(few_ ? static_cast<size_t>(threads_ * groups) : 0);
-    for (Partial& partial : partials_)
-      partial = {room_.take<float>(rows * layer_.D), room_.take<float>(rows), room_.take<float>(rows)};
+    places_ = places_for(own_ ? 0 : chunk_);
+    attend_.lay_out(room_, attention(), threads_, own_);
     for (ThreadRoom& mine : of_thread_)
-      mine = {room_.take<uint8_t>(own_ ? M_ * padded : 0), room_.take<float>(own_ ? M_ : 0),
-              room_.take<float>(2 * most_K_ + 16),         room_.take<float>(scratch),
-              room_.take<float>(own_ ? M_ * QD : 0),       room_.take<Partial>(threads_)};
+      mine = {places_for(own_ ? M_ : 0), room_.take<float>(2 * most_K_ + 16)};
+  }
+
+  Places places_for(int64_t rows) {
+    Places places{};
+    for (int64_t i = 0; i < most_kinds_; ++i)
+      places[static_cast<size_t>(i)] = {room_.take<uint8_t>(rows * row_bytes_), room_.take<float>(rows),
+                                        room_.take<int32_t>(rows * groups_)};
+    return places;
   }
 
   Attention attention() const {
-    return {qkv_,
-            width_,
-            attended_,
-            call_.keys,
-            call_.values,
-            call_.key_batch,
-            call_.key_head,
-            call_.value_batch,
-            call_.value_head,
-            call_.B,
-            call_.T,
-            layer_.Q,
-            layer_.G,
-            layer_.D,
-            call_.past,
-            call_.cos,
-            call_.sin,
-            call_.R,
-            call_.rotary_batch,
-            layer_.interleaved,
-            layer_.q_norm,
-            layer_.k_norm,
-            layer_.head_eps,
-            call_.mask,
-            call_.mask_batch,
-            call_.mask_row,
-            layer_.scale};
+    const int64_t D = layer_.D;
+    return {.queries = qkv_,
+            .query_batch = call_.T * width_,
+            .query_token = width_,
+            .query_head = D,
+            .new_keys = qkv_ + layer_.Q * D,
+            .new_values = qkv_ + (layer_.Q + layer_.G) * D,
+            .out = attended_,
+            .type = call_.cache,
+            .keys = call_.keys,
+            .values = call_.values,
+            .B = call_.B,
+            .T = call_.T,
+            .Q = layer_.Q,
+            .G = layer_.G,
+            .D = D,
+            .past = call_.past,
+            .cos = call_.cos,
+            .sin = call_.sin,
+            .R = call_.R,
+            .rotary_batch = call_.rotary_batch,
+            .interleaved = layer_.interleaved,
+            .q_norm = layer_.q_norm,
+            .k_norm = layer_.k_norm,
+            .eps = layer_.head_eps,
+            .mask = call_.mask,
+            .mask_batch = call_.mask_batch,
+            .mask_row = call_.mask_row,
+            .causal = true,
+            .scale = layer_.scale};
   }
 
   void member(const Member& me) {
     for (int64_t m = 0; m < M_; m += chunk_) {
       const int64_t rows = std::min(chunk_, M_ - m);
-      const Tokens tokens = tokens_of({call_.x + m * layer_.H, layer_.input_norm, layer_.eps}, rows, layer_.H, me);
-      multiply({tokens, layer_.qkv, 3, qkv_ + m * width_, width_, nullptr, false}, me);
+      stage({call_.x + m * layer_.H, layer_.input_norm, layer_.eps}, rows,
+            {{}, layer_.qkv, 3, qkv_ + m * width_, width_, nullptr, false}, me);
       me.meet();
     }
-    const float* attended = few_ ? attend_few(me) : attend_blocks(me);
+    const float* attended = attend_(me);
     for (int64_t m = 0; m < M_; m += chunk_) after_attention(attended, m, std::min(chunk_, M_ - m), me);
   }
 
   void after_attention(const float* attended, int64_t m, int64_t rows, const Member& me) {
     const int64_t H = layer_.H, QD = layer_.Q * layer_.D;
     float* out = call_.out + m * H;
-    const Tokens heads = tokens_of({attended + m * QD, nullptr, 0}, rows, QD, me);
-    multiply({heads, &layer_.o, 1, out, H, call_.x + m * H, false}, me);
+    stage({attended + m * QD, nullptr, 0}, rows, {{}, &layer_.o, 1, out, H, call_.x + m * H, false}, me);
     me.meet();
-    const Tokens normed = tokens_of({out, layer_.post_norm, layer_.post_eps}, rows, H, me);
-    multiply({normed, layer_.gate_up, 2, gated_, F_, nullptr, true}, me);
+    stage({out, layer_.post_norm, layer_.post_eps}, rows, {{}, layer_.gate_up, 2, gated_, F_, nullptr, true}, me);
     me.meet();
-    const Tokens gated = tokens_of({gated_, nullptr, 0}, rows, F_, me);
-    multiply({gated, &layer_.down, 1, out, H, out, false}, me);
+    stage({gated_, nullptr, 0}, rows, {{}, &layer_.down, 1, out, H, out, false}, me);
     if (m + rows < M_) me.meet();
   }
 
-  Tokens tokens_of(const Rows& rows, int64_t M, int64_t K, const Member& me) {
+  // M rows to tokens, and those by the weights of a job, whose tokens are put in here.
+  void stage(const Rows& rows, int64_t M, Linear job, const Member& me) {
     ThreadRoom& mine = of_thread_[static_cast<size_t>(me.index)];
-    const Tokens tokens{own_ ? mine.tiles : tiles_, own_ ? mine.token_scales : token_scales_, M, K};
-    kernels_.make_tokens(rows, tokens, mine.row, own_ ? 0 : me.begin(M), own_ ? M : me.end(M));
-    if (!own_) me.meet();
-    return tokens;
-  }
-
-  void multiply(const Linear& job, const Member& me) {
-    kernels_.linear(job, me.begin(job.units()), me.end(job.units()));
-  }
-
-  // The positions of all texts and groups in a row are split evenly; a group's new ones count as one, its last.
-  const float* attend_few(const Member& me) {
-    const Attention job = attention();
-    const ThreadRoom& mine = of_thread_[static_cast<size_t>(me.index)];
-    const int64_t groups = job.B * job.G, slots = job.past + 1;
-    for (int64_t at = me.begin(groups * slots); at < me.end(groups * slots);) {
-      const int64_t group = at / slots, from = at % slots;
-      const int64_t to = std::min(slots, from + me.end(groups * slots) - at);
-      if (to == slots) kernels_.fill_caches(job, group * job.T, (group + 1) * job.T);
-      kernels_.attend_few(job, group / job.G, group % job.G, from, to == slots ? job.S() : to, mine.attention,
-                          partials_[static_cast<size_t>(me.index * groups + group)]);
-      at += to - from;
+    const Place* place = (own_ ? mine.places : places_).data();
+    for (size_t i = 0; i < static_cast<size_t>(job.count); ++i) {
+      const size_t first = first_alike(job.weights, i);
+      job.tokens[i] = job.tokens[first];
+      if (first < i) continue;
+      job.tokens[i] = {job.weights[i].needs, place->tiles, place->scales, place->sums, M, job.weights[i].K};
+      kernels_.make_tokens(rows, job.tokens[i], mine.row, own_ ? 0 : me.begin(M), own_ ? M : me.end(M));
+      ++place;
     }
-    me.meet();
-    float* merged = own_ ? mine.merged : attended_;
-    for (int64_t m = own_ ? 0 : me.begin(M_); m < (own_ ? M_ : me.end(M_)); ++m)
-      for (int64_t head = 0; head < job.Q; ++head) merge(job, m, head, me, merged + (m * job.Q + head) * job.D);
     if (!own_) me.meet();
-    return merged;
-  }
-
-  void merge(const Attention& job, int64_t m, int64_t head, const Member& me, float* out) {
-    const int64_t repeats = job.Q / job.G, groups = job.B * job.G, slots = job.past + 1, total = groups * slots;
-    const int64_t group = m / job.T * job.G + head / repeats, row = m % job.T * repeats + head % repeats;
-    Partial* found = of_thread_[static_cast<size_t>(me.index)].of_row;
-    int64_t count = 0;
-    for (int64_t i = 0; i < me.count; ++i)
-      if (total * i / me.count < (group + 1) * slots && total * (i + 1) / me.count > group * slots)
-        found[count++] = partials_[static_cast<size_t>(i * groups + group)];
-    kernels_.merge_partials(found, count, row, job.D, out);
-  }
-
-  const float* attend_blocks(const Member& me) {
-    const Attention job = attention();
-    const int64_t pairs = job.B * job.G * job.T, units = kernels_.attention_units(job);
-    kernels_.fill_caches(job, me.begin(pairs), me.end(pairs));
-    me.meet();
-    for (int64_t unit = next_++; unit < units; unit = next_++)
-      kernels_.attend_block(job, unit, of_thread_[static_cast<size_t>(me.index)].attention);
-    me.meet();
-    return attended_;
+    kernels_.linear(job, me.begin(job.units()), me.end(job.units()));
   }
 
   const DecoderLayer& layer_;
   const DecoderCall& call_;
   const Kernels& kernels_;
   int64_t M_, width_, F_, most_K_, chunk_;
-  bool own_, few_;
+  bool own_;
   int threads_;
   Room room_;
-  float *qkv_, *attended_, *gated_, *token_scales_;
-  uint8_t* tiles_;
-  std::vector<Partial> partials_;
+  float *qkv_, *attended_, *gated_;
+  int64_t row_bytes_ = 0, groups_ = 1, most_kinds_ = 1;  // of tokens
+  Places places_;
   std::vector<ThreadRoom> of_thread_;
-  std::atomic<int64_t> next_{0};
+  AttentionTeam attend_;
 };
 
 }  // namespace

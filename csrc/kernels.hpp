@@ -50,6 +50,7 @@ struct Int8Matmul {
 struct WeightJob {
   const void* weight;  // [N, K] float32 or bfloat16
   int64_t N, K, group;
+  int64_t rotation;  // features of a block, or 0
   bool bf16_weight, bf16_scales, nibbles;
   float divisor;      // scale = max|w| / divisor
   int32_t low, high;  // the least and the greatest code
@@ -69,17 +70,12 @@ struct Kernels {
   void (*int8_pack_rows)(const Int8Matmul& job, int64_t begin, int64_t end);
   // Output tiles [begin, end), counted panel by panel, row tile by row tile.
   void (*int8_matmul)(const Int8Matmul& job, int64_t begin, int64_t end);
-  // The same two for weights in panels of 4 or 8 bits, with int8 activations and with float32 ones.
-  void (*int4_pack_rows)(const Int4Matmul& job, int64_t begin, int64_t end);
-  void (*int4_matmul)(const Int4Matmul& job, int64_t begin, int64_t end);
-  void (*weight_only_pack_rows)(const WeightOnlyMatmul& job, int64_t begin, int64_t end);
-  void (*weight_only_matmul)(const WeightOnlyMatmul& job, int64_t begin, int64_t end);
   // Parts of a decoder layer (decoder.hpp): rows, units, tokens by group, positions, units.
   void (*make_tokens)(const Rows& rows, const Tokens& tokens, float* scratch, int64_t begin, int64_t end);
   void (*linear)(const Linear& job, int64_t begin, int64_t end);
   void (*make_digits)(const float* x, const Tokens& tokens, float* scratch, int64_t begin, int64_t end);
   void (*linear_digits)(const Linear& job, int64_t begin, int64_t end);
-  void (*fill_caches)(const Attention& job, int64_t begin, int64_t end);
+  void (*fill_caches)(const Attention& job, int64_t begin, int64_t end, float* scratch);
   void (*attend_few)(const Attention& job, int64_t b, int64_t g, int64_t from, int64_t to, float* scratch,
                      const Partial& partial);
   void (*merge_partials)(const Partial* partials, int64_t count, int64_t row, int64_t D, float* out);

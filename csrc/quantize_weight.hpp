@@ -2,7 +2,8 @@
 //
 // The ladder
 //   1  one plain loop for every instruction set, group by group: the largest magnitude, the scale, the codes. The
-//      weights of a row are read from memory once; the second look finds them in the cache.
+//      weights of a row are read from memory once; the second look finds them in the cache. A rotated row is made
+//      beside it first.
 //
 // Included once per instruction set, hence the anonymous namespace: no copy may leak into another set's code.
 #pragma once
@@ -10,8 +11,10 @@
 #include <bit>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 
 #include "kernels.hpp"
+#include "rotation.hpp"
 
 namespace {
 
@@ -48,24 +51,36 @@ void quantize_group(const T* __restrict w, int64_t size, const fewbits::WeightJo
 }
 
 template <typename T>
-void quantize_weight_rows(const fewbits::WeightJob& job, int64_t begin, int64_t end, uint32_t* bad) {
+void quantize_weight_row(const T* w, int64_t row, const fewbits::WeightJob& job, uint32_t* bad) {
   constexpr int64_t kPiece = 1024;  // codes of 4 bits wait here for their pair
   alignas(64) int8_t piece[kPiece];
   const int64_t groups = job.K / job.group;
-  for (int64_t row = begin; row < end; ++row) {
-    for (int64_t g = 0; g < groups; ++g) {
-      const T* w = static_cast<const T*>(job.weight) + row * job.K + g * job.group;
-      float* scale = job.scales + row * groups + g;
-      if (!job.nibbles) {
-        quantize_group(w, job.group, job, job.codes + row * job.K + g * job.group, scale, bad);
-        continue;
-      }
-      quantize_group(w, job.group, job, piece, scale, bad);  // group <= kPiece
-      int8_t* out = job.codes + (row * job.K + g * job.group) / 2;
-      for (int64_t k = 0; k < job.group / 2; ++k) {
-        out[k] = static_cast<int8_t>((piece[2 * k] & 15) | ((piece[2 * k + 1] & 15) << 4));
-      }
+  for (int64_t g = 0; g < groups; ++g, w += job.group) {
+    float* scale = job.scales + row * groups + g;
+    if (!job.nibbles) {
+      quantize_group(w, job.group, job, job.codes + row * job.K + g * job.group, scale, bad);
+      continue;
     }
+    quantize_group(w, job.group, job, piece, scale, bad);  // group <= kPiece
+    int8_t* out = job.codes + (row * job.K + g * job.group) / 2;
+    for (int64_t k = 0; k < job.group / 2; ++k) {
+      out[k] = static_cast<int8_t>((piece[2 * k] & 15) | ((piece[2 * k + 1] & 15) << 4));
+    }
+  }
+}
+
+template <typename T>
+void quantize_weight_rows(const fewbits::WeightJob& job, int64_t begin, int64_t end, uint32_t* bad) {
+  const std::unique_ptr<float[]> rotated(job.rotation ? new float[static_cast<size_t>(job.K)] : nullptr);
+  for (int64_t row = begin; row < end; ++row) {
+    const T* w = static_cast<const T*>(job.weight) + row * job.K;
+    if (!job.rotation) {
+      quantize_weight_row(w, row, job, bad);
+      continue;
+    }
+    for (int64_t k = 0; k < job.K; ++k) rotated[k] = weight_at(w, k);
+    rotate(rotated.get(), job.K, job.rotation, rotated.get());
+    quantize_weight_row<float>(rotated.get(), row, job, bad);
   }
 }
 

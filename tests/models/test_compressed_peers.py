@@ -61,7 +61,7 @@ def test_codes_and_scales_are_taken_over(tiny: Path, tmp_path: Path, kind: str, 
         assert same(source.read_quantized(name).dequantize(), values), name
         assert same(source.read_rows(name, 3, 7), values[3:7]), name
         assert source.tensors[name].shape == values.shape
-    model = fewbits.AutoModelForCausalLM.from_pretrained(tmp_path / "theirs")
+    model = fewbits.AutoModelForCausalLM.from_pretrained(tmp_path / "theirs", rotate=False)
     for name, values in expected.items():
         layer = model.get_submodule(name.removesuffix(".weight"))
         assert isinstance(layer, QuantLinear)

@@ -115,7 +115,7 @@ def test_saved_and_loaded_again_it_is_the_same(in_int8: Callable, tmp_path: Path
 
 @EVERY
 def test_converted_it_is_the_same(saved: Saved, in_int8: Callable, tmp_path: Path, name: str) -> None:
-    folder = fewbits.convert(saved(name), tmp_path / "int8").path
+    folder = fewbits.convert(saved(name), tmp_path / "int8", rotate=True).path
     again = FAMILIES[name].ours.from_pretrained(folder)
     assert {path for path, _ in quantized(again)} == FAMILIES[name].quantized
     assert torch.equal(output(name, again), output(name, in_int8(name)))
@@ -128,7 +128,7 @@ def test_other_precisions_saved_and_converted(saved: Saved, tmp_path: Path, name
     model = load(saved(name), precision=precision)
     model.save_pretrained(tmp_path / "saved")
     assert torch.equal(output(name, load(tmp_path / "saved")), output(name, model))
-    fewbits.convert(saved(name), tmp_path / "converted", precision)
+    fewbits.convert(saved(name), tmp_path / "converted", precision, rotate=precision == "int4")
     assert torch.equal(output(name, load(tmp_path / "converted")), output(name, model))
 
 
@@ -138,7 +138,7 @@ def test_what_is_stored_in_one_is_kept_in_one(saved: Saved, tmp_path: Path, prec
     model = fewbits.AutoModel.from_pretrained(saved("nomic-bert"), precision=precision, keep=keep)
     others = {f"layers.0.self_attn.{leaf}_proj" for leaf in "qkv"}
     assert {path for path, _ in quantized(model)} == FAMILIES["nomic-bert"].quantized - others
-    folder = fewbits.convert(saved("nomic-bert"), tmp_path / "out", precision, keep=keep).path
+    folder = fewbits.convert(saved("nomic-bert"), tmp_path / "out", precision, keep=keep, rotate=True).path
     assert torch.equal(output("nomic-bert", fewbits.AutoModel.from_pretrained(folder)), output("nomic-bert", model))
 
 
@@ -174,7 +174,7 @@ def test_names_of_other_times(saved: Saved, in_int8: Callable, tmp_path: Path, k
     folder, expected = renamed(saved(name), tmp_path / "model", rename), output(name, in_int8(name))
     load = FAMILIES[name].ours.from_pretrained
     assert torch.equal(output(name, load(folder, precision="int8")), expected)
-    assert torch.equal(output(name, load(fewbits.convert(folder, tmp_path / "int8").path)), expected)
+    assert torch.equal(output(name, load(fewbits.convert(folder, tmp_path / "int8", rotate=True).path)), expected)
     plain = output(name, load(saved(name), precision="fp32"))
     assert torch.equal(output(name, load(folder, precision="fp32")), plain)
 
@@ -196,7 +196,7 @@ def test_experts_by_themselves_or_in_one_tensor(saved: Saved, in_int8: Callable,
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, fused / WEIGHTS)
     expected = output(name, in_int8(name))
     assert torch.equal(output(name, family.ours.from_pretrained(fused, precision="int8")), expected)
-    converted = fewbits.convert(fused, tmp_path / "int8").path
+    converted = fewbits.convert(fused, tmp_path / "int8", rotate=True).path
     assert torch.equal(output(name, family.ours.from_pretrained(converted)), expected)
 
 
@@ -241,7 +241,7 @@ def test_a_head_that_the_checkpoint_lacks_is_new_and_in_float(saved: Saved, prec
 
 
 def test_a_new_head_beside_an_int8_folder(saved: Saved, tmp_path: Path) -> None:
-    folder = fewbits.convert(saved("bert"), tmp_path / "int8").path
+    folder = fewbits.convert(saved("bert"), tmp_path / "int8", rotate=True).path
     model = fewbits.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=5)
     assert isinstance(model.bert.encoder.layer[0].intermediate.dense, QuantLinear)
     assert output("bert", model).shape == (1, 5)

@@ -25,6 +25,10 @@ def convert(
         str, typer.Option(help="How it is written: compressed-tensors, bitsandbytes or gguf.")
     ] = "compressed-tensors",
     keep: Annotated[list[str] | None, typer.Option(help="Modules not to quantize, * matches anything.")] = None,
+    rotate: Annotated[
+        bool,
+        typer.Option("--rotate", help="Rotate weights first: int8 and int4 are more accurate; only fewbits reads it."),
+    ] = False,
     overflow: Annotated[
         str | None,
         typer.Option(help="Beyond a cast's range: saturate or ieee (Inf); without it, the format's own rule."),
@@ -49,7 +53,7 @@ def convert(
         with progress_bar("converting", in_bytes=True) as step, warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always", OverflowWarning)
             done = run(
-                model, out, to, layout=layout, keep=keep or (), overflow=overflow, allow_nonfinite=allow_nonfinite,
+                model, out, to, layout=layout, keep=keep or (), rotate=rotate, overflow=overflow, allow_nonfinite=allow_nonfinite,
                 overwrite=overwrite, revision=revision, trust_remote_code=trust_remote_code, progress=step,
                 on_manifest=lambda rows: console.print(manifest_table(rows)),
             )  # fmt: skip

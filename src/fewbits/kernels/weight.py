@@ -16,6 +16,7 @@ def quantize_weight(
     scales: Tensor,
     *,
     group_size: int,
+    rotation: int,
     divisor: float,
     lowest: int,
     largest: int,
@@ -29,6 +30,7 @@ def quantize_weight(
         codes: int8 ``[N, K]``, or uint8 ``[N, K/2]`` if packed; contiguous.
         scales: ``[N, K / group_size]``, contiguous.
         group_size: Input features that share a scale.
+        rotation: Block of features that each row is rotated by first; 0: none.
         divisor: The scale is the largest magnitude divided by this, rounded up.
         lowest: The least code.
         largest: The greatest code.
@@ -47,7 +49,7 @@ def quantize_weight(
     weight = weight.detach().contiguous()
     exact = scales if scales.dtype == torch.float32 else scales.float()
     bad = native.module().quantize_weight(
-        weight.data_ptr(), *weight.shape, group_size, weight.dtype == torch.bfloat16, scales.dtype == torch.bfloat16,
+        weight.data_ptr(), *weight.shape, group_size, rotation, weight.dtype == torch.bfloat16, scales.dtype == torch.bfloat16,
         packed, divisor, lowest, largest, codes.data_ptr(), exact.data_ptr(), threads or torch.get_num_threads(),
     )  # fmt: skip
     if bad:

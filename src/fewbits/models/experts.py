@@ -5,11 +5,13 @@ Letters: T tokens, E experts, N output channels, K input features, G scales per 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fewbits.kernels.rotation import rotate
 from fewbits.models.linear import CodesModule, empty_codes
 from fewbits.models.precision import Precision
 from fewbits.models.quantized_matmul import pack_weight, quantized_linear, unpack_weight
@@ -47,6 +49,7 @@ class QuantExperts(CodesModule):
         self.format, self._scale_dtype = precision.weights.name, scale_dtype
         self.activations = None if precision.activations is None else precision.activations.name
         self._widths = {name: (weight.shape[1], weight.shape[2]) for name, weight in weights.items()}
+        self._rotations = {name: precision.rotation(weight.shape[2]) for name, weight in weights.items()}
         for name, weight in weights.items():
             quantized = empty_codes(tuple(weight.shape), precision, scale_dtype)
             self.register_buffer(name, quantized.codes.view(torch.int8))
@@ -92,7 +95,8 @@ class QuantExperts(CodesModule):
     def quantized_weight(self, name: str, expert: int) -> QuantizedTensor:
         """One expert's weight as codes and scales ``[N, G]``, as they are stored."""
         codes, scales = getattr(self, name)[expert], getattr(self, f"{name}_scale")[expert]
-        return unpack_weight(codes, scales, self._widths[name], self.format, self._scale_dtype)
+        weight = unpack_weight(codes, scales, self._widths[name], self.format, self._scale_dtype)
+        return replace(weight, rotation=self._rotations[name])
 
     def quantized_bits(self) -> tuple[int, int]:
         """Bits of codes and stored scales, and the number of weights they stand for."""
@@ -107,7 +111,9 @@ class QuantExperts(CodesModule):
 
     def _linear(self, name: str, expert: int, x: Tensor) -> Tensor:
         codes, scales = getattr(self, name)[expert], getattr(self, f"{name}_scale")[expert]
-        return quantized_linear(x, codes, scales, None, self._widths[name][0], self.format, self.activations)
+        block, N = self._rotations[name], self._widths[name][0]
+        rows = rotate(x.float(), block) if block else x
+        return quantized_linear(rows, codes, scales, None, N, self.format, self.activations).to(x.dtype)
 
     def _groups(self, name: str) -> int:
         """The scales of an output channel."""
@@ -125,10 +131,10 @@ class QuantExperts(CodesModule):
         """All experts' weights as they are stored: codes ``[E, N, K]`` and scales ``[E, N, G]``."""
         codes, scales = getattr(self, name), getattr(self, f"{name}_scale")
         if codes.ndim == 3:
-            return QuantizedTensor(codes.view(CODE_DTYPES[self.format]), scales, self.format)
+            return QuantizedTensor(codes.view(CODE_DTYPES[self.format]), scales, self.format, self._rotations[name])
         each = [self.quantized_weight(name, expert) for expert in range(self.num_experts)]
         codes, scales = torch.stack([one.codes for one in each]), torch.stack([one.scales for one in each])
-        return QuantizedTensor(codes, scales, self.format)
+        return QuantizedTensor(codes, scales, self.format, self._rotations[name])
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         self.unpack()  # as what comes

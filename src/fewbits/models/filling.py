@@ -6,6 +6,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from types import EllipsisType
 
@@ -16,7 +17,7 @@ from transformers.core_model_loading import dot_natural_key
 
 from fewbits.errors import FewbitsError
 from fewbits.models.naming import Place, conversion_keeps_rows, converted
-from fewbits.models.precision import PRECISIONS, cast_weight, refuse_overflow
+from fewbits.models.precision import Precision, cast_weight, refuse_overflow
 from fewbits.models.quantizable import output_head, quantizable_weights
 from fewbits.models.quantized_source import QuantizedSource
 from fewbits.models.quantizer import Plan
@@ -167,7 +168,7 @@ class _Maker:
             parts = {each: self._one(each, part.parameter) for each, part in stored.items()}
             codes = converted(stored, lambda each: parts[each].codes.view(torch.int8), self._empty)
             scales = converted(stored, lambda each: parts[each].scales, self._empty)
-            made = {each: QuantizedTensor(codes[each], scales[each], parts[name].format) for each in codes}
+            made = {each: replace(parts[name], codes=codes[each], scales=scales[each]) for each in codes}
         else:
             values = converted(stored, self._reader.read, self._empty)
             made = {each: self._quantized(each, each, values[each]) for each in values}
@@ -180,7 +181,7 @@ class _Maker:
     def _one(self, name: str, parameter: str) -> QuantizedTensor:
         """A stored tensor as it is, if it has codes of this kind, or quantized."""
         source = self._reader.source
-        wanted = PRECISIONS["int8"] if parameter == self._head else self._plan.precision
+        wanted = self._plan.precision.of_head if parameter == self._head else self._plan.precision
         if isinstance(source, QuantizedSource) and source.holds(name, wanted):
             return self._reader.read_quantized(name)
         return self._quantized(name, parameter, self._reader.read(name))
@@ -188,17 +189,18 @@ class _Maker:
     def _quantized(self, name: str, parameter: str, tensor: Tensor) -> QuantizedTensor:
         source, kept, precision = self._reader.source, self._plan.kept, self._plan.precision
         if parameter == self._head:  # from the numbers that a converted folder holds
-            return _quantize(source, name, cast_weight(name, tensor, kept), "int8", None, kept)
+            return _quantize(source, name, cast_weight(name, tensor, kept), precision.of_head, kept)
         rows = self._weights[parameter].as_rows(tensor)
-        return _quantize(source, name, rows, precision.weights.name, precision.group_size, kept)
+        return _quantize(source, name, rows, precision, kept)
 
 
-def _quantize(
-    source: Source, name: str, rows: Tensor, format_name: str, group_size: int | None, kept: torch.dtype
-) -> QuantizedTensor:
+def _quantize(source: Source, name: str, rows: Tensor, precision: Precision, kept: torch.dtype) -> QuantizedTensor:
     *lead, K = rows.shape
     try:
-        weight = quantize_weight(rows.reshape(-1, K), format_name, group_size=group_size, scale_dtype=kept, threads=1)
+        weight = quantize_weight(
+            rows.reshape(-1, K), precision.weights.name,
+            group_size=precision.group_size, scale_dtype=kept, rotation=precision.rotation(K), threads=1,
+        )  # fmt: skip
     except FewbitsError as error:
         raise FewbitsError(f"{source.path}: {name}: {error}") from None
     return weight.view(*lead)

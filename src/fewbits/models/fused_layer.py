@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 
 from fewbits.kernels import native
-from fewbits.kernels.packing import CHANNELS
-from fewbits.models.kv_cache import GrowingLayer
+from fewbits.models.fused_weight import can_be_halved, fields, halves, has_kernel
+from fewbits.models.kv_cache import GrowingLayer, Held
 from fewbits.models.linear import QuantLinear
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -61,9 +61,9 @@ class FusedLayer:
         parts += [*linears.values()]
         if not isinstance(activation, (SiLUActivation, nn.SiLU)) or any(map(_is_watched, parts)):
             return None
-        if not all(map(_is_int8, linears.values())):
+        if not all(map(has_kernel, linears.values())):
             return None
-        if "gate_up_proj" in linears and linears["gate_up_proj"].out_features // 2 % CHANNELS:
+        if "gate_up_proj" in linears and not can_be_halved(linears["gate_up_proj"]):
             return None  # a panel would hold channels of both halves
         names = {"gate_up_proj": "gate_up", "gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
         tensors = [*layer.parameters(), *layer.buffers()]
@@ -87,7 +87,7 @@ class FusedLayer:
         """Whether the kernel takes these tensors, and no gradient is asked for."""
         if torch.is_grad_enabled() and (x.requires_grad or any(norm.requires_grad for norm in self._norms)):
             return False
-        if x.dtype != torch.float32 or x.device.type != "cpu" or self._settings.get(_MIXED) != "sdpa":
+        if x.dtype != torch.float32 or x.device.type != "cpu" or self._settings.get(_MIXED) not in ("sdpa", "fewbits"):
             return False
         if mask is not None and (mask.dtype != torch.bool or mask.ndim != 4 or mask.shape[1] != 1):
             return False
@@ -101,10 +101,9 @@ class FusedLayer:
         R = cos.shape[-1]
         rotary_batch = T * R if cos.shape[0] > 1 else 0
         if held is None:
-            keys, values = (x.new_empty(B, self.G, T, self.D) for _ in range(2))
-            start = end = 0
+            keys, values = (Held(x.new_empty(B, self.G, T, self.D), 0, 0) for _ in range(2))
         else:
-            keys, values, start, end = held.make_room(B, self.G, T, self.D, torch.float32)
+            keys, values = held.make_room(B, self.G, T, self.D, torch.float32, x.device)
         address, mask_batch, mask_row = 0, 0, 0
         if mask is not None:
             mask = mask if mask.stride(-1) == 1 else mask.contiguous()
@@ -112,11 +111,9 @@ class FusedLayer:
             mask_batch = mask.stride(0) if mask.shape[0] > 1 else 0
             mask_row = mask.stride(2) if mask.shape[2] > 1 else 0
         out = torch.empty_like(x)
-        offset = start * self.D * 4
         self._native.run(
-            x.data_ptr(), out.data_ptr(), B, T, end - start, cos.data_ptr(), sin.data_ptr(), R, rotary_batch,
-            keys.data_ptr() + offset, values.data_ptr() + offset,
-            keys.stride(0), keys.stride(1), values.stride(0), values.stride(1),
+            x.data_ptr(), out.data_ptr(), B, T, keys.end - keys.start, cos.data_ptr(), sin.data_ptr(), R, rotary_batch,
+            native.CACHE_TYPES[keys.buffer.dtype], keys.place(), values.place(),
             address, mask_batch, mask_row, torch.get_num_threads(),
         )  # fmt: skip
         if held is not None:
@@ -125,11 +122,6 @@ class FusedLayer:
 
     def __reduce__(self) -> Any:
         return type(None), ()  # addresses are of no use in a copy
-
-
-def _is_int8(module: nn.Module) -> bool:
-    """Whether a linear layer is what the kernel multiplies by; not so where an adapter is around it."""
-    return type(module) is QuantLinear and module.format == module.activations == "int8" and module.packed
 
 
 def _is_watched(module: nn.Module) -> bool:
@@ -148,9 +140,9 @@ def _places(layer: nn.Module, modules: tuple[nn.Module, ...]) -> Iterator[tuple[
 
 def _native_layer(layer: Any, linears: dict[str, QuantLinear], norms: list[nn.Parameter], G: int) -> Any:
     attention = layer.self_attn
-    weights = {name: _weight(linear) for name, linear in linears.items()}
+    weights = {name: fields(linear) for name, linear in linears.items()}
     if "gate_up" in weights:
-        weights["gate"], weights["up"] = _halves(linears["gate_up"])
+        weights["gate"], weights["up"] = halves(linears["gate_up"])
         del weights["gate_up"]
     q_norm, k_norm = norms[2:] if len(norms) > 2 else (None, None)
     names = {"q_proj": "query", "k_proj": "key", "v_proj": "value", "o_proj": "output"}
@@ -170,17 +162,3 @@ def _native_layer(layer: Any, linears: dict[str, QuantLinear], norms: list[nn.Pa
         interleaved=layer.rotates_neighbours,
         scale=attention.scaling,
     )
-
-
-def _weight(linear: QuantLinear) -> tuple[int, int, int, int, int]:
-    """Addresses of panels, scales and bias (0: none), and N and K."""
-    bias = 0 if linear.bias is None else linear.bias.data_ptr()
-    return linear.weight.data_ptr(), linear.weight_scale.data_ptr(), bias, linear.out_features, linear.in_features
-
-
-def _halves(linear: QuantLinear) -> list[tuple[int, int, int, int, int]]:
-    """Two weights that lie in one, whole panels each."""
-    panels, scales, bias, N, K = _weight(linear)
-    bytes_of_panels = linear.weight[: N // 2 // CHANNELS].nbytes
-    second = panels + bytes_of_panels, scales + N // 2 * 4, bias + N // 2 * 4 if bias else 0
-    return [(panels, scales, bias, N // 2, K), (*second, N // 2, K)]

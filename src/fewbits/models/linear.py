@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from fewbits.kernels import ops
+from fewbits.kernels import ops, stored_ops
 from fewbits.kernels.packing import pack_int8
+from fewbits.kernels.rotation import rotate
 from fewbits.models.precision import Precision
 from fewbits.models.quantized_matmul import pack_weight, quantized_linear, unpack_weight
 from fewbits.tensors.quantized import CODE_DTYPES, QuantizedTensor, is_packed
@@ -71,6 +73,7 @@ class QuantLinear(CodesModule, nn.Linear):
         nn.Module.__init__(self)  # nn.Linear's own would make a float weight
         self.out_features, self.in_features = weight.shape
         self.format, self.activations = weight.format, activations
+        self.rotation = weight.rotation
         self._scale_dtype = weight.scales.dtype
         self.register_buffer("weight", weight.codes.view(torch.int8))
         self.register_buffer("weight_scale", weight.scales)
@@ -92,6 +95,7 @@ class QuantLinear(CodesModule, nn.Linear):
     def pack(self) -> None:
         """Bring the codes, which may have just been loaded, into the layout that the CPU's kernels read."""
         self.weight = self.weight.view(torch.int8)
+        stored_ops.prepare(self.format, self.weight.device)
         if not self.packed and self.weight.device.type == "cpu":
             self.weight, self.weight_scale = pack_weight(self.quantized_weight(), self.activations)
 
@@ -100,17 +104,20 @@ class QuantLinear(CodesModule, nn.Linear):
         if self.packed:
             stored = self.quantized_weight()
             self.weight, self.weight_scale = stored.codes.view(torch.int8), stored.scales
+        stored_ops.prepare(self.format, self.weight.device)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Quantize each token if the precision says so, multiply, scale."""
+        """Rotate and quantize each token if the precision says so, multiply, scale."""
+        rows = rotate(x.float(), self.rotation) if self.rotation else x
         return quantized_linear(
-            x, self.weight, self.weight_scale, self.bias, self.out_features, self.format, self.activations
-        )
+            rows, self.weight, self.weight_scale, self.bias, self.out_features, self.format, self.activations
+        ).to(x.dtype)
 
     def quantized_weight(self) -> QuantizedTensor:
         """The weight as codes and scales ``[N, G]``, as they are stored."""
         shape = (self.out_features, self.in_features)
-        return unpack_weight(self.weight, self.weight_scale, shape, self.format, self._scale_dtype)
+        weight = unpack_weight(self.weight, self.weight_scale, shape, self.format, self._scale_dtype)
+        return replace(weight, rotation=self.rotation)
 
     def quantized_bits(self) -> tuple[int, int]:
         """Bits of codes and stored scales, and the number of weights they stand for."""
@@ -124,6 +131,7 @@ class QuantLinear(CodesModule, nn.Linear):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"weight={self.format}, activations={self.activations or 'as they are'}"
+            f"{f', rotated by {self.rotation}' if self.rotation else ''}"
         )
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -153,10 +161,13 @@ class QuantHead(QuantLinear):
     tied: bool = False
 
     def forward(self, x: Tensor) -> Tensor:
-        """Quantize each token, then what is left of it; multiply both in one pass over the weights."""
+        """Rotate and quantize each token, then what is left of it; multiply both in one pass over the weights."""
+        rows = rotate(x.float(), self.rotation) if self.rotation else x
+        if not self.packed and rows.device.type != "cpu":
+            return stored_ops.stored_linear_two_digits(rows, self.weight, self.weight_scale, self.bias).to(x.dtype)
         packed = self.weight if self.packed else pack_int8(self.weight)
         scales = self.weight_scale.flatten().float()
-        return ops.int8_linear_two_digits(x.float(), packed, scales, self.bias).to(x.dtype)
+        return ops.int8_linear_two_digits(rows.float(), packed, scales, self.bias).to(x.dtype)
 
 
 def empty_codes(shape: tuple[int, ...], precision: Precision, scale_dtype: torch.dtype) -> QuantizedTensor:
@@ -165,7 +176,7 @@ def empty_codes(shape: tuple[int, ...], precision: Precision, scale_dtype: torch
     columns = K // 2 if is_packed(precision.weights.name) else K
     codes = torch.empty((*rows, columns), dtype=CODE_DTYPES[precision.weights.name], device="meta")
     scales = torch.empty((*rows, precision.scales_per_channel(K)), dtype=scale_dtype, device="meta")
-    return QuantizedTensor(codes, scales, precision.weights.name)
+    return QuantizedTensor(codes, scales, precision.weights.name, precision.rotation(K))
 
 
 def cast_to_weight(module: nn.Module, args: tuple[Tensor]) -> Tensor:

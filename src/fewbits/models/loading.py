@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -44,6 +45,7 @@ class Loading:
         asked: Precision | None,
         dtype: torch.dtype | None,
         keep: Sequence[str],
+        rotate: bool,
         progress: Progress | None,
         key_mapping: Mapping[str, str] | None,
     ) -> None:
@@ -56,7 +58,7 @@ class Loading:
                 f"{source.path} is stored in {stored.name} and cannot be loaded in {asked.name}; "
                 "load the model it was converted from"
             )
-        self.precision = stored or asked
+        self.precision = _rotated(stored or asked, stored, rotate, source)
         self.quantized = self.precision is not None and not self.precision.cast
         if keep and (stored is not None or not self.quantized):
             raise FewbitsError(f"keep: {source.path} is not quantized here, so nothing can be kept; leave it out")
@@ -157,6 +159,16 @@ def quiet(silent: bool) -> Iterator[None]:
     finally:
         if before:
             logging.enable_progress_bar()
+
+
+def _rotated(precision: Precision | None, stored: Precision | None, rotate: bool, source: Source) -> Precision | None:
+    """The precision with rotation, where layers gain by it and their weights can still take it."""
+    if precision is None or precision.rotated:
+        if precision is not None and not rotate:
+            raise FewbitsError(f"rotate=False: {source.path} is stored with rotated weights; load it without rotate")
+        return precision
+    fine_enough = stored is None or stored.weights.bits >= 8
+    return replace(precision, rotated=rotate and precision.gains_by_rotation and fine_enough)
 
 
 def _refuse_what_does_not_fit(source: Source, nbytes: int) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fewbits.errors import FewbitsError
 from fewbits.formats import Format
+from fewbits.kernels.rotation import block_of
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Precision:
         group_size: Input features that share a scale; None: all of an output channel.
         cast: Whether every tensor takes the format by a cast, with no scales.
         summary: What it is, for a listing.
+        rotated: Whether layers rotate what they are given, and their weights with it (``kernels.rotation``).
     """
 
     name: str
@@ -32,11 +34,31 @@ class Precision:
     group_size: int | None
     cast: bool
     summary: str
+    rotated: bool = False
 
     @property
     def stored_activations(self) -> Format | None:
         """What a checkpoint says of activations; of int4 nothing: in what they are computed is the reader's choice."""
         return self.activations if self.activations == self.weights else None
+
+    @property
+    def of_head(self) -> Precision:
+        """What an output head gets: int8, rotated where it is stored in int8 like the other layers."""
+        return replace(PRECISIONS["int8"], rotated=self.rotated and self.name == "int8")
+
+    @property
+    def gains_by_rotation(self) -> bool:
+        """Whether outliers in activations cost more than anything else: so it is with integers, not with floats."""
+        return self.activations is not None and self.activations.name == "int8"
+
+    def stores_as(self, other: Precision) -> bool:
+        """Whether weights are the same codes and scales in another precision."""
+        mine, theirs = (replace(one, activations=None, name="", summary="") for one in (self, other))
+        return mine == theirs
+
+    def rotation(self, K: int) -> int:
+        """The block of features that a layer of K input features rotates; 0: none."""
+        return block_of(K) if self.rotated else 0
 
     def weight_bytes(self, N: int, K: int, scale_bytes: int) -> int:
         """Bytes of the codes and scales of a weight ``[N, K]``."""

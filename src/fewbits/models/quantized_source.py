@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
@@ -21,6 +22,8 @@ from fewbits.tensors.quantized import QuantizedTensor
 
 FOLDER_LAYOUTS: dict[str, ModuleType] = {module.NAME: module for module in (compressed_tensors, bitsandbytes)}
 """Layouts of folders by ``quant_method``. Each is a module with the functions that ``compressed_tensors`` has."""
+
+_READ = FOLDER_LAYOUTS | {compressed_tensors.ROTATED: compressed_tensors}
 
 
 class DequantizedSource:
@@ -104,7 +107,7 @@ class QuantizedSource(DequantizedSource):
         if self._last_codes is None or self._last_codes[0] != name:  # rows are asked for one piece after the other
             self._last_codes = (name, self.read_quantized(name))
         weight = self._last_codes[1]
-        return QuantizedTensor(weight.codes[start:stop], weight.scales[start:stop], weight.format).dequantize()
+        return replace(weight, codes=weight.codes[start:stop], scales=weight.scales[start:stop]).dequantize()
 
     def read_quantized(self, name: str) -> QuantizedTensor:
         """One quantized weight as codes and scales."""
@@ -134,7 +137,7 @@ def as_weights(source: Source) -> Source:
         return source
     config = dict(config if isinstance(config, dict) else config.to_dict())
     method = config.get("quant_method")
-    layout = FOLDER_LAYOUTS.get(str(getattr(method, "value", method)))
+    layout = _READ.get(str(getattr(method, "value", method)))
     if layout is None:
         can = ", ".join(repr(name) for name in FOLDER_LAYOUTS)
         raise FewbitsError(f"{source.path}: quant_method {method!r} cannot be read; {can} can")

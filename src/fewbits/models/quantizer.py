@@ -17,7 +17,7 @@ from fewbits.models.experts import QuantExperts
 from fewbits.models.layouts import compressed_tensors
 from fewbits.models.linear import QuantHead, QuantLinear, cast_to_weight, keep_compute_dtype
 from fewbits.models.offload import placed_like, weight_of
-from fewbits.models.precision import PRECISIONS, Precision
+from fewbits.models.precision import Precision
 from fewbits.models.quantizable import output_head, quantizable_weights
 from fewbits.tensors.quantized import CODE_DTYPES, QuantizedTensor, quantize_weight
 from fewbits.tensors.requantizable import requantizable
@@ -87,7 +87,7 @@ class FewbitsQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is no
                 replaced: nn.Module = QuantExperts(module, plan.precision, plan.scales)
             else:
                 kind = QuantHead if weight.parameter == head else QuantLinear
-                precision = PRECISIONS["int8"] if weight.parameter == head else plan.precision
+                precision = plan.precision.of_head if weight.parameter == head else plan.precision
                 replaced = kind.empty(weight.N, weight.K, module.bias is not None, precision, plan.scales)
             _mark_filled(replaced)
             model.set_submodule(weight.module, replaced)
@@ -97,7 +97,7 @@ class FewbitsQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is no
 
     def _process_model_after_weight_loading(self, model: transformers.PreTrainedModel, **_: Any) -> None:
         if self.plan.head:
-            _quantize_tied_head(model, self.plan.kept)
+            _quantize_tied_head(model, self.plan)
         else:
             _let_tied_head_compute(model, self.plan.dtype)
         for module in model.modules():
@@ -128,7 +128,8 @@ class FewbitsQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is no
                 continue
             module, scales = model.get_submodule(owner), state.get(f"{name}_scale")
             if isinstance(module, (QuantLinear, QuantExperts)) and scales is not None:
-                weight = QuantizedTensor(tensor.view(CODE_DTYPES[module.format]), scales, module.format)
+                rotation = plan.precision.rotation(tensor.shape[-1])
+                weight = QuantizedTensor(tensor.view(CODE_DTYPES[module.format]), scales, module.format, rotation)
                 if self._is_written_as_values(module):
                     written[name] = requantizable(weight, plan.kept)
                 else:
@@ -189,7 +190,7 @@ def _let_tied_head_compute(model: transformers.PreTrainedModel, dtype: torch.dty
         head.register_forward_pre_hook(cast_to_weight)
 
 
-def _quantize_tied_head(model: transformers.PreTrainedModel, kept: torch.dtype) -> None:
+def _quantize_tied_head(model: transformers.PreTrainedModel, plan: Plan) -> None:
     """Give a tied output head 8-bit weights of its own: the embedding is looked up, but a decode step reads all of it.
 
     They are in memory, also where the embedding is offloaded.
@@ -198,7 +199,12 @@ def _quantize_tied_head(model: transformers.PreTrainedModel, kept: torch.dtype) 
     if name is None or type(head) is not nn.Linear or name not in model.all_tied_weights_keys:
         return
     weight = weight_of(model, name, head.weight.detach())
-    quantized = QuantHead(quantize_weight(weight, "int8", scale_dtype=kept), head.bias)
+    quantized = QuantHead(
+        quantize_weight(
+            weight, "int8", scale_dtype=plan.kept, rotation=plan.precision.of_head.rotation(weight.shape[1])
+        ),
+        head.bias,
+    )
     quantized.tied = True
     model.set_submodule(name.removesuffix(".weight"), placed_like(quantized, head))
     model.all_tied_weights_keys = {key: to for key, to in model.all_tied_weights_keys.items() if key != name}

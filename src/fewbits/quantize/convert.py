@@ -9,13 +9,14 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 
 from fewbits.errors import FewbitsError, OverflowWarning
 from fewbits.models.architecture import auto_class_of, empty_model
 from fewbits.models.filling import Progress
+from fewbits.models.layouts import compressed_tensors
 from fewbits.models.layouts.gguf import gguf_type
 from fewbits.models.manifest import ManifestRow, fitted, make_manifest
 from fewbits.models.naming import check_tensors
@@ -41,6 +42,7 @@ def convert(
     *,
     layout: str = "compressed-tensors",
     keep: Sequence[str] = (),
+    rotate: bool = False,
     overflow: str | None = None,
     allow_nonfinite: bool = False,
     overwrite: bool = False,
@@ -58,6 +60,8 @@ def convert(
             ``fp32``. In GGUF, int8 is Q8_0 and int4 Q4_0; its own types can be named too.
         layout: How it is written: ``compressed-tensors`` (transformers and vLLM read it), ``bitsandbytes``, ``gguf``.
         keep: Patterns of module names that are not quantized (``*`` matches anything).
+        rotate: Rotate weights before they are quantized, which makes int8 and int4 several times as accurate; only
+            fewbits reads such a folder. Without it, fewbits rotates the weights of int8 when it loads them.
         overflow: What a cast does with values beyond the new format: ``saturate`` writes its largest number, ``ieee``
             Inf; None: Inf where the format has it, else its largest number. Such tensors are warned of by name.
         allow_nonfinite: Write NaN and Inf of the source as they are, in tensors that are not quantized.
@@ -75,13 +79,14 @@ def convert(
     """
     out = Path(out)
     if layout == GGUF:
-        _refuse_for_gguf(to, keep, overflow)
+        _refuse_for_gguf(to, keep, rotate, overflow)
         opened = as_weights(open_source(source, revision=revision, trust_remote_code=trust_remote_code))
         return convert_to_gguf(opened, out, to, overwrite=overwrite, on_manifest=on_manifest, progress=progress)
-    precision = precision_named(to)
+    precision = replace(precision_named(to), rotated=rotate)
     if layout not in FOLDER_LAYOUTS:
         raise FewbitsError(f"layout {layout!r} is unknown; known: {', '.join([*FOLDER_LAYOUTS, GGUF])}")
     _check_options(precision, layout, keep, overflow)
+    _check_rotation(precision, layout)
     opened = as_weights(open_source(source, revision=revision, trust_remote_code=trust_remote_code))
     dtype = TORCH_DTYPES[precision.name] if precision.cast else nominal_dtype(opened)
     model = empty_model(opened.config, dtype, auto_class_of(opened.config))
@@ -98,7 +103,9 @@ def convert(
     nbytes = sum(row.nbytes for row in manifest)
     layout_module = FOLDER_LAYOUTS[layout]
     job = FolderJob(opened, layout_module, precision, dtype, manifest, places, weights, overflow, allow_nonfinite)
-    work = fingerprint(opened, to=to, layout=layout, keep=[*keep], overflow=overflow, nonfinite=allow_nonfinite)
+    work = fingerprint(
+        opened, to=to, layout=layout, keep=[*keep], rotate=rotate, overflow=overflow, nonfinite=allow_nonfinite
+    )
     with staged_folder(out, overwrite=overwrite, nbytes=nbytes, fingerprint=work) as folder:
         if on_manifest is not None:
             on_manifest(manifest)
@@ -113,8 +120,10 @@ def convert(
     return Conversion(out, to, nbytes, tuple(manifest), tuple(casts), rounding)
 
 
-def _refuse_for_gguf(to: str, keep: Sequence[str], overflow: str | None) -> None:
+def _refuse_for_gguf(to: str, keep: Sequence[str], rotate: bool, overflow: str | None) -> None:
     gguf_type(to)
+    if rotate:
+        raise FewbitsError("rotate: the layout gguf cannot say it; leave --rotate or --layout out")
     if keep:
         raise FewbitsError(f"keep: a GGUF file has one type of matrices; leave --keep out ({', '.join(keep)})")
     if overflow is not None:
@@ -134,14 +143,24 @@ def _check_options(precision: Precision, layout: str, keep: Sequence[str], overf
     precision.weights.overflow_rule(overflow)
 
 
+def _check_rotation(precision: Precision, layout: str) -> None:
+    if not precision.rotated:
+        return
+    if layout != compressed_tensors.NAME:
+        raise FewbitsError(f"rotate: the layout {layout} cannot say it; leave --rotate or --layout out")
+    if not precision.gains_by_rotation:
+        raise FewbitsError(
+            f"rotate: {precision.name} gains nothing by it, only what has 8-bit integer activations does; leave it out"
+        )
+
+
 def _rounding(source: Source, precision: Precision, layout: str) -> str | None:
     if not isinstance(source, QuantizedSource):
         return None
     stored = source.precision
     if source.layout == layout and stored.name == precision.name:
         raise FewbitsError(f"{source.path} is {stored.name} already; convert the model that it was made from")
-    same = (stored.weights, stored.group_size) == (precision.weights, precision.group_size)
-    return told_rounding(source, precision.name, taken_over=same)
+    return told_rounding(source, precision.name, taken_over=stored.stores_as(precision))
 
 
 def _has_tokenizer(source: Source) -> bool:

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import TypeVar
@@ -148,7 +148,7 @@ class FolderJob:
         if not isinstance(self.source, QuantizedSource) or name not in self.source.weights:
             return False
         stored, wanted = self.source.precision, self.precision
-        return (stored.weights, stored.group_size) == (wanted.weights, wanted.group_size)
+        return stored.stores_as(wanted)
 
     def _scale_dtype(self, name: str) -> torch.dtype:
         """The dtype of a weight's scales: as they are where codes are taken over, else what the layout wants."""
@@ -160,7 +160,7 @@ class FolderJob:
         name, dtype = row.tensor, self._scale_dtype(row.tensor)
         if isinstance(self.source, QuantizedSource) and self._is_taken_over(name):
             weight = self.source.read_quantized(name)
-            return QuantizedTensor(weight.codes, weight.scales.to(dtype), weight.format)
+            return replace(weight, scales=weight.scales.to(dtype))
         tensor = self.source.read(name)
         rows = tensor if self._comes_as_rows(name) else self.weights[name].as_rows(tensor)
         *lead, K = rows.shape
@@ -170,6 +170,7 @@ class FolderJob:
                 self.precision.weights.name,
                 group_size=self.precision.group_size,
                 scale_dtype=dtype,
+                rotation=self.precision.rotation(K),
             )
         except FewbitsError as error:
             raise FewbitsError(f"{name}: {error}") from None

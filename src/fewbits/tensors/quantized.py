@@ -14,6 +14,7 @@ from torch import Tensor
 from fewbits.errors import FewbitsError
 from fewbits.formats import Format
 from fewbits.kernels import weight as kernel
+from fewbits.kernels.rotation import rotate
 from fewbits.tensors.packing import pack_codes, unpack_codes
 
 LARGEST_CODE = 127
@@ -35,17 +36,19 @@ _ROWS_AT_A_TIME = 2**22  # elements: a large weight is quantized in pieces, so t
 
 @dataclass(frozen=True)
 class QuantizedTensor:
-    """``weight ≈ value(codes) · scales``.
+    """``weight ≈ value(codes) · scales``; if it is rotated, that is the weight times an orthogonal matrix.
 
     Attributes:
         codes: ``[N, K]``: int8 −127…127, or float8_e4m3fn; for 4 bits uint8 ``[N, K/2]``.
         scales: float ``[N, G]``, positive. A stack of weights has more leading dimensions in both.
         format: ``int8``, ``int4``, ``e4m3fn`` or ``nf4``.
+        rotation: Block of input features that were rotated before (``kernels.rotation``); 0: none.
     """
 
     codes: Tensor
     scales: Tensor
     format: str = "int8"
+    rotation: int = 0
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -63,12 +66,13 @@ class QuantizedTensor:
         *rows, K = self.shape
         G = self.scales.shape[-1]
         grouped = values_of(self.codes, self.format).view(*rows, G, K // G)
-        return (grouped * self.scales.float()[..., None]).view(*rows, K)
+        values = (grouped * self.scales.float()[..., None]).view(*rows, K)
+        return rotate(values, self.rotation) if self.rotation else values
 
     def view(self, *rows: int) -> QuantizedTensor:
         """The same codes and scales with other leading dimensions, ``[*rows, K]``."""
         codes, scales = (tensor.reshape(*rows, tensor.shape[-1]) for tensor in (self.codes, self.scales))
-        return QuantizedTensor(codes, scales, self.format)
+        return QuantizedTensor(codes, scales, self.format, self.rotation)
 
 
 def is_packed(format_name: str) -> bool:
@@ -105,6 +109,7 @@ def quantize_weight(
     *,
     group_size: int | None = None,
     scale_dtype: torch.dtype = torch.float32,
+    rotation: int = 0,
     threads: int | None = None,
 ) -> QuantizedTensor:
     """Quantize a weight, each value to the nearest code (halves to even).
@@ -119,6 +124,7 @@ def quantize_weight(
         format_name: ``int8``, ``int4``, ``e4m3fn`` or ``nf4``.
         group_size: Input features that share a scale; it divides K. None: all of a channel.
         scale_dtype: float32, bfloat16 or float16.
+        rotation: Block of input features to rotate first; it divides K. 0: none.
         threads: How many work on it where there is a kernel; None: as many as torch uses.
 
     Raises:
@@ -132,16 +138,18 @@ def quantize_weight(
     codes = torch.empty((N, columns), dtype=CODE_DTYPES[format_name], device=weight.device)
     scales = torch.empty((N, G), dtype=scale_dtype, device=weight.device)
     if format_name in _CODE_RANGE and kernel.quantize_weight(
-        weight, codes, scales, group_size=K // G, divisor=_DIVISOR[format_name], lowest=_CODE_RANGE[format_name][0],
-        largest=_CODE_RANGE[format_name][1], packed=is_packed(format_name), threads=threads,
+        weight, codes, scales, group_size=K // G, rotation=rotation, divisor=_DIVISOR[format_name],
+        lowest=_CODE_RANGE[format_name][0], largest=_CODE_RANGE[format_name][1], packed=is_packed(format_name),
+        threads=threads,
     ):  # fmt: skip
-        return QuantizedTensor(codes, scales, format_name)
+        return QuantizedTensor(codes, scales, format_name, rotation)
     for start, rows in _pieces(weight):
         stop = start + len(rows)
+        rows = rotate(rows, rotation) if rotation else rows
         scales[start:stop] = _scales(rows.view(len(rows), G, -1), format_name, scale_dtype, start)
         steps = scales[start:stop].float().repeat_interleave(K // G, 1) if G > 1 else scales[start:stop].float()
         codes[start:stop] = _encode(rows / steps, format_name)
-    return QuantizedTensor(codes, scales, format_name)
+    return QuantizedTensor(codes, scales, format_name, rotation)
 
 
 def _check(weight: Tensor, format_name: str, group_size: int | None) -> None:

@@ -13,10 +13,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fewbits.errors import FewbitsError
+from fewbits.kernels.rotation import MOST_BLOCK
 from fewbits.models.precision import PRECISIONS, Precision
 
 FORMATS = ("int-quantized", "pack-quantized", "float-quantized", "naive-quantized", "mixed-precision")
 """The formats that are read; in all of them the names of the stored tensors tell how a weight lies."""
+
+ROTATION = {"matrix": "hadamard", "largest_block": MOST_BLOCK}
+"""What a configuration says of rotated weights: layers of K input features rotate blocks of ``block_of(K)``."""
 
 _STRATEGIES = ("channel", "group", "tensor", "block")
 _REGEX = "re:"
@@ -34,6 +38,7 @@ class Scheme:
         block: Output channels and input features of a block.
         symmetric: Whether there are no zero points.
         activations: The format that activations are quantized to, a scale per token; None: they are not, or otherwise.
+        rotated: Whether the weights are rotated.
     """
 
     bits: int
@@ -43,6 +48,7 @@ class Scheme:
     block: tuple[int, int] | None
     symmetric: bool
     activations: str | None
+    rotated: bool = False
 
     @property
     def precision(self) -> Precision | None:
@@ -50,10 +56,12 @@ class Scheme:
         if not self.symmetric or self.strategy == "block":
             return None
         if self.type == "float":
-            return PRECISIONS["fp8"] if self.strategy != "group" and self.activations == "e4m3fn" else None
-        if self.bits == 8 and self.strategy != "group" and self.activations == "int8":
-            return PRECISIONS["int8"]
-        return replace(PRECISIONS["int8-weight" if self.bits == 8 else "int4"], group_size=self.group_size)
+            known = PRECISIONS["fp8"] if self.strategy != "group" and self.activations == "e4m3fn" else None
+        elif self.bits == 8 and self.strategy != "group" and self.activations == "int8":
+            known = PRECISIONS["int8"]
+        else:
+            known = replace(PRECISIONS["int8-weight" if self.bits == 8 else "int4"], group_size=self.group_size)
+        return replace(known, rotated=True) if known and self.rotated else known
 
 
 class Schemes:
@@ -97,7 +105,11 @@ def schemes_of(config: dict[str, Any], path: object) -> Schemes:
         raise _refused(path, named, "kv_cache_scheme: a quantized cache is not read")
     if (config.get("transform_config") or {}).get("config_groups"):
         raise _refused(path, named, "transform_config: transformed weights are not read")
-    return Schemes([_group(key, group, named, path) for key, group in groups.items()], path)
+    rotation = config.get("rotation")
+    if rotation not in (None, ROTATION):
+        raise _refused(path, named, f"rotation: {rotation!r} is not {ROTATION!r}")
+    schemes = [_group(key, group, named, path) for key, group in groups.items()]
+    return Schemes([(targets, replace(scheme, rotated=rotation is not None)) for targets, scheme in schemes], path)
 
 
 def _group(key: str, group: Any, named: str, path: object) -> tuple[list[str], Scheme]:

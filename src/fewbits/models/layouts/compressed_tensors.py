@@ -12,6 +12,8 @@ and ``config.json`` says so in ``quantization_config``. Activations are quantize
 them. Biases, norms, embeddings and the layers under ``ignore`` are stored as in any other checkpoint. Stacked experts
 have one more dimension in front and no ``.weight`` in their names; other readers do not know them.
 
+Rotated weights (``kernels.rotation``) are stored alike, under a ``quant_method`` of their own.
+
 Source: the compressed-tensors package, ``compressed_tensors/quantization/`` and ``compressed_tensors/compressors/``.
 """
 
@@ -23,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewbits.models.layouts.compressed_schemes import schemes_of
+from fewbits.models.layouts.compressed_schemes import ROTATION, schemes_of
 from fewbits.models.layouts.compressed_weight import CODES, PACKED, SCALE, SHAPE, ZERO_POINT, stored_weight
 from fewbits.models.layouts.packed_words import pack_words, words_in
 from fewbits.models.layouts.stored_weight import StoredWeight
@@ -34,6 +36,9 @@ from fewbits.tensors.quantized import CODE_DTYPES, QuantizedTensor
 NAME = "compressed-tensors"
 WRITES = ("int8", "int8-weight", "int4", "fp8")
 """Precisions that this layout can say."""
+
+ROTATED = "fewbits"
+"""The ``quant_method`` of rotated weights: readers that do not rotate activations must refuse them."""
 
 SCALES: torch.dtype | None = None
 """The dtype of scales; None: that of what is not quantized."""
@@ -69,7 +74,7 @@ def quantization_config(precision: Precision, ignore: Sequence[str]) -> dict[str
         "input_activations": tokens if precision.stored_activations else None,
         "output_activations": None,
     }
-    return {
+    config = {
         "quant_method": NAME,
         "format": _FORMATS[precision.name],
         "quantization_status": "compressed",
@@ -79,6 +84,7 @@ def quantization_config(precision: Precision, ignore: Sequence[str]) -> dict[str
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }
+    return config | {"quant_method": ROTATED, "rotation": ROTATION} if precision.rotated else config
 
 
 def entries(

@@ -134,7 +134,9 @@ class _Reader:
         scales = source.read(f"{self.name}{SCALE}")
         if self.scheme.strategy == "tensor":
             scales = scales.flatten().repeat(math.prod(rows))
-        return QuantizedTensor(codes, scales.reshape(*rows, -1), _format_of(self.scheme))
+        assert self.scheme.precision is not None, self.scheme
+        rotation = self.scheme.precision.rotation(self.shape[-1])
+        return QuantizedTensor(codes, scales.reshape(*rows, -1), _format_of(self.scheme), rotation)
 
     def values(self, source: Source) -> Tensor:
         """The numbers that the weight stands for, in the dtype of its scales, as the package itself gives them."""
