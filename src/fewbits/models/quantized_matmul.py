@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
-from fewbits.kernels import ops, panel_ops
+from fewbits.kernels import ops, panel_ops, stored_ops
 from fewbits.kernels.packing import pack_int8, unpack_int8
-from fewbits.kernels.panel_reference import round_tokens
 from fewbits.kernels.panels import fits_panels, pack_panels, pack_scales, unpack_panels, unpack_scales
-from fewbits.tensors.quantized import CODE_DTYPES, QuantizedTensor, is_packed, values_of
+from fewbits.tensors.quantized import CODE_DTYPES, QuantizedTensor, is_packed
 
 _E4M3FN_NAN = 0x7F
 
@@ -72,7 +70,9 @@ def quantized_linear(
         stored = QuantizedTensor(codes.view(CODE_DTYPES[format_name]), scales, format_name)
         codes, scales = pack_weight(stored, activations)
     if codes.ndim == 2:
-        return _by_torch(x, codes.view(CODE_DTYPES[format_name]), scales, bias, format_name, activations)
+        return stored_ops.stored_linear(
+            x, codes.view(torch.int8), scales, bias, format_name=format_name, activations=activations
+        )
     if scales.ndim == 1:
         out = ops.int8_linear(x.float(), codes, scales, bias)
     elif format_name == "int4" and activations == "int8":
@@ -93,28 +93,3 @@ def _has_kernel(weight: QuantizedTensor, activations: str | None) -> bool:
             (weight.codes.view(torch.uint8) & _E4M3FN_NAN).eq(_E4M3FN_NAN).any()
         )
     return activations is None
-
-
-def _by_torch(
-    x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, format_name: str, activations: str | None
-) -> Tensor:
-    if activations is None:
-        weight = QuantizedTensor(codes, scales, format_name).dequantize().to(x.dtype)
-        return linear(x, weight, None if bias is None else bias.to(x.dtype))
-    digits, token_scales = _quantize_tokens(x.float(), activations)
-    if scales.shape[1] == 1:
-        out = linear(digits, values_of(codes, format_name)) * token_scales * scales.flatten().float()
-    else:
-        out = linear(digits, QuantizedTensor(codes, scales, format_name).dequantize()) * token_scales
-    return (out if bias is None else out + bias).to(x.dtype)
-
-
-def _quantize_tokens(x: Tensor, format_name: str) -> tuple[Tensor, Tensor]:
-    """Activations ``[..., K]`` as the float32 values of their codes, and a scale per token; gradients pass through."""
-    if format_name == "int8":
-        codes, scales = ops.quantize_per_token(x)
-        digits = codes.float()
-    else:
-        digits, scales = round_tokens(x.detach())
-    exact = x / scales
-    return exact + (digits - exact).detach() if x.requires_grad else digits, scales
