@@ -154,6 +154,11 @@ class FewbitsQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is no
         return isinstance(module, QuantHead) and self.plan.precision.name != "int8"
 
     @property
+    def is_compileable(self) -> bool:
+        """Whether ``generate`` may compile a decode step, which it does on a GPU with a static cache."""
+        return True
+
+    @property
     def is_trainable(self) -> bool:
         """Whether adapters can be trained on top; the quantized weights themselves stay as they are."""
         return True
