@@ -297,6 +297,15 @@ def test_learning_rates_of_a_scheduler_are_obeyed_and_it_does_not_warn() -> None
     assert not torch.equal(after["tokens.weight m"], before["tokens.weight m"])
 
 
+def test_learning_rates_are_obeyed_after_a_state_dict_was_loaded() -> None:
+    mp = prepared("bf16")
+    mp.load_state_dict(mp.state_dict())  # PyTorch's optimizers replace their groups then
+    before = {name: param.clone() for name, param in mp.model.named_parameters()}
+    mp.optimizer.param_groups[0]["lr"] = 0.0
+    train(mp, 0, 1)
+    assert all(torch.equal(param, before[name]) for name, param in mp.model.named_parameters())
+
+
 def test_moments_that_the_optimizer_already_has_are_taken_over() -> None:
     model = tiny_gpt()
     optimizer = adamw(model)

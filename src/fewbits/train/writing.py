@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import nn
 
 from fewbits.models.loading import quiet
 from fewbits.models.staging import MARK
@@ -28,6 +28,8 @@ def write_trained(loop: Loop, folder: Path) -> None:
     """Write the model, or its adapters, with the tokenizer and a record of the run.
 
     A model takes the dtype of the one it was made from, or float32 where a weight has outgrown that.
+
+    The loop cannot go on after that: its weights are rounded.
 
     Raises:
         OSError: It cannot be written.
@@ -52,27 +54,13 @@ def _write_tensors(loop: Loop, folder: Path) -> None:
     if loop.settings.lora is not None:
         model.save_pretrained(folder)
         return
-    tensors = model.state_dict()
-    dtype = _fitting_dtype(tensors, nominal_dtype(loop.source))
-    model.config.dtype = dtype
-    model.save_pretrained(folder, state_dict=_cast(tensors, dtype))
+    # In place: nothing is trained any more, and two copies may not fit.
+    model.to(_fitting_dtype(model, nominal_dtype(loop.source))).save_pretrained(folder)
 
 
-def _fitting_dtype(tensors: dict[str, Tensor], dtype: torch.dtype) -> torch.dtype:
-    largest = max((float(each.abs().max()) for each in tensors.values() if each.is_floating_point()), default=0.0)
+def _fitting_dtype(model: nn.Module, dtype: torch.dtype) -> torch.dtype:
+    largest = max(float(param.detach().abs().max()) for param in model.parameters())
     return dtype if largest <= torch.finfo(dtype).max else torch.float32
-
-
-def _cast(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Rounded to nearest even; tied tensors stay one."""
-    done: dict[tuple[int, torch.Size], Tensor] = {}
-    result = {}
-    for name, tensor in tensors.items():
-        key = (tensor.data_ptr(), tensor.shape)
-        if key not in done:
-            done[key] = tensor.detach().to(dtype) if tensor.is_floating_point() else tensor
-        result[name] = done[key]
-    return result
 
 
 def _flush(folder: Path) -> None:
