@@ -13,6 +13,14 @@ import fewbits
 from models.tiny_gguf import TinyGguf, tiny_config
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a CUDA GPU where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason="torch finds no CUDA GPU on this machine"))
+
+
 class Ran(NamedTuple):
     """How a command ended, and what it wrote."""
 

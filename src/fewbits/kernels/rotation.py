@@ -9,6 +9,7 @@ additions. Source: QuaRot (arXiv 2404.00456), section 3; the matrix is Sylvester
 from __future__ import annotations
 
 import math
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -45,7 +46,16 @@ def _reference(x: Tensor, block: int) -> Tensor:
     return (y * (1 / math.sqrt(block))).view(x.shape)
 
 
+def _by_triton(x: Tensor, block: int) -> Tensor:
+    from fewbits.kernels.cuda import device, rotation  # brings Triton, which takes a second to import
+
+    out = _shape(x, block)
+    return rotation.rotate(out, x, block) if device.can(x.device, device.TRITON) else _reference(x, block)
+
+
 define("rotate", "(Tensor x, int block) -> Tensor", _shape, _reference)
+if find_spec("triton") is not None:
+    library.impl("rotate", _by_triton, "CUDA")
 
 
 def _keep_block(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -58,7 +58,9 @@ def _define(name: str, arguments: str, check: Callable[..., None]) -> None:
 
     def shape(*args: Any) -> Tensor:
         check(*args)
-        return args[0].new_empty((*args[0].shape[:-1], args[1].shape[0]))
+        x, codes, *_ = args
+        out: Tensor = x.new_empty((*x.shape[:-1], codes.shape[0]))
+        return out
 
     def by_torch(*args: Any) -> Tensor:
         check(*args)
@@ -90,7 +92,8 @@ def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
 
 def _straight_through(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     """The gradient of x as if it had not been quantized; the weight takes none."""
-    weight = stored_reference.dequantize(*ctx.saved_tensors, ctx.format).to(gradient.dtype)
+    codes, scales = ctx.saved_tensors
+    weight = stored_reference.dequantize(codes, scales, ctx.format).to(gradient.dtype)
     of_bias = gradient.flatten(0, -2).float().sum(0) if ctx.needs_input_grad[3] else None
     return gradient @ weight, None, None, of_bias, *([None] * ctx.others)
 

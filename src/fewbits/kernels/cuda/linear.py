@@ -12,15 +12,13 @@ output channels, G scales per channel.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-from functools import cache
-
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from fewbits.kernels import stored_reference
 from fewbits.kernels.cuda.decode import dequantize
+from fewbits.kernels.cuda.device import FP8, FP8_ROW_WISE, TRITON, can, on
 from fewbits.kernels.cuda.matmul import matmul, takes_groups
 from fewbits.kernels.cuda.rescale import rescale
 from fewbits.kernels.cuda.tokens import quantize_tokens
@@ -29,7 +27,6 @@ from fewbits.kernels.panels import table
 FEW_ROWS = 64
 """Up to so many rows a matmul waits for the weight rather than for the arithmetic."""
 
-_TRITON_NEEDS, _FP8_NEEDS, _ROW_WISE_NEEDS = (8, 0), (8, 9), (9, 0)  # compute capability
 _INT_MM_STEP, _SCALED_MM_STEP = 8, 16  # K and N are multiples of it
 
 
@@ -40,7 +37,7 @@ def stored_linear(
     if not _has_kernel(x, scales, format_name, activations):
         return stored_reference.stored_linear(x, codes, scales, bias, format_name, activations)
     rows, M, N = x.reshape(-1, x.shape[-1]), x.shape[:-1].numel(), codes.shape[0]
-    with _on(x.device):
+    with on(x.device):
         if M == 0 or N == 0:
             out = x.new_empty((M, N))
         elif activations is not None:
@@ -60,7 +57,7 @@ def stored_linear_two_digits(x: Tensor, codes: Tensor, scales: Tensor, bias: Ten
     if not _has_kernel(x, scales, "int8", "int8"):
         return stored_reference.stored_linear_two_digits(x, codes, scales, bias)
     rows, M, N = x.reshape(-1, x.shape[-1]), x.shape[:-1].numel(), codes.shape[0]
-    with _on(x.device):
+    with on(x.device):
         if M == 0 or N == 0:
             out = x.new_empty((M, N))
         else:
@@ -78,7 +75,7 @@ def _by_codes(
     many = M * digits > FEW_ROWS and G == 1
     if many and format_name == "int8" and K % _INT_MM_STEP == N % _INT_MM_STEP == 0:
         return rescale(torch._int_mm(tokens.view(-1, K), codes.T), token_scales, scales, bias, x.dtype)
-    if many and format_name == "e4m3fn" and K % _SCALED_MM_STEP == N % _SCALED_MM_STEP == 0 and _can(_FP8_NEEDS, x):
+    if many and format_name == "e4m3fn" and K % _SCALED_MM_STEP == N % _SCALED_MM_STEP == 0 and can(x.device, FP8):
         return _fp8_matmul(tokens.view(M, K), codes, token_scales, scales, bias, x.dtype)
     return matmul(tokens, codes, scales, bias, format_name, token_scales, activations, x.dtype)
 
@@ -88,7 +85,7 @@ def _fp8_matmul(
 ) -> Tensor:
     """By ``torch._scaled_mm``, summed in float32: with the scales in it where it takes them, else with ``rescale``."""
     a, b = tokens.view(torch.float8_e4m3fn), codes.view(torch.float8_e4m3fn).T
-    if dtype == torch.bfloat16 and _can(_ROW_WISE_NEEDS, tokens):  # the one result that every version of CUDA gives
+    if dtype == torch.bfloat16 and can(tokens.device, FP8_ROW_WISE):  # the one result that every version of CUDA gives
         return torch._scaled_mm(
             a, b, token_scales.view(-1, 1), scales.float().view(1, -1), None if bias is None else bias.to(dtype),
             out_dtype=dtype, use_fast_accum=False,
@@ -102,21 +99,4 @@ def _has_kernel(x: Tensor, scales: Tensor, format_name: str, activations: str | 
     """Whether the kernels take these formats, groups and GPU; else the op's meaning computes."""
     pair = activations is None or format_name in {"int8": ("int8", "int4"), "e4m3fn": ("e4m3fn",)}.get(activations, ())
     whole = scales.is_floating_point() and takes_groups(x.shape[-1], scales.shape[1])
-    return pair and whole and _can(_TRITON_NEEDS, x)
-
-
-def _can(needed: tuple[int, int], x: Tensor) -> bool:
-    """Whether the GPU of a tensor has a compute capability; the CPU, where kernels are interpreted, has all."""
-    return x.device.type == "cpu" or _capability(x.device) >= needed
-
-
-@cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    if torch.version.hip is not None:  # AMD's numbers mean something else: Triton's kernels, no other FP8
-        return _TRITON_NEEDS
-    return torch.cuda.get_device_capability(device)
-
-
-def _on(device: torch.device) -> AbstractContextManager[object]:
-    """Launch on the GPU that holds the tensors, which need not be the current one."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    return pair and whole and can(x.device, TRITON)
