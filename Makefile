@@ -37,7 +37,7 @@ format: .venv/dev
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(shell find csrc -name '*.cpp' -o -name '*.hpp')
 
-test: .venv/dev .venv/built $(MODEL)
+test: .venv/dev .venv/built build/triton/made $(MODEL)
 	FEWBITS_DEMO_MODEL="$(MODEL)" $(BIN)/python -m pytest
 
 # make bench  fewbits beside its peers, in one run
@@ -85,6 +85,12 @@ clean:
 # The peers lie apart: transformers imports some of them wherever it finds them, at a price in time and warnings.
 build/peers/made: .venv/dev
 	$(PIP) --no-deps --target build/peers --upgrade --group bench
+	@touch $@
+
+# Triton lies apart for the same reason; with torch for CUDA it is there already.
+build/triton/made: .venv/dev
+	mkdir -p build/triton
+	$(PIP) --no-deps --target build/triton --upgrade --group triton
 	@touch $@
 
 # llama.cpp is built for the machine that it is measured on.
