@@ -184,9 +184,15 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
+        # The policy is on in the backward pass too, and would round these operands and sums a second time.
+        with torch._C.DisableTorchFunction():
+            return _Linear._gradients(ctx, gradients[0])
+
+    @staticmethod
+    def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         operands, name = ctx.operands, ctx.name
         x, weight = ctx.saved_tensors
-        g = gradients[0].reshape(-1, gradients[0].shape[-1]).to(operands.dtype)  # [M, N]
+        g = gradient.reshape(-1, gradient.shape[-1]).to(operands.dtype)  # [M, N]
         dx = dw = db = None
         rounded = operands.gradient(g, name)
         if ctx.needs_input_grad[0]:
@@ -199,9 +205,9 @@ class _Linear(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             db = g.sum(0, dtype=torch.float32)
         if operands.observer is not None:
-            for kind, gradient in (("input_gradient", dx), ("weight_gradient", dw)):
-                if gradient is not None:
-                    operands.observer.result(f"{name} {kind}", gradient)
+            for kind, result in (("input_gradient", dx), ("weight_gradient", dw)):
+                if result is not None:
+                    operands.observer.result(f"{name} {kind}", result)
         return dx, dw, db, None, None
 
 
