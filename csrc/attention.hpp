@@ -4,6 +4,7 @@
 //   1  each head by itself, over all positions
 //   2  the heads of a group together, positions split over threads: the cache is read once
 //   3  64 positions at a time: scores, their exponentials, the sum of values, while keys and values are in L1
+//   4  four queries at a time, and int8 keys and values decoded in registers (attention_cache.hpp)
 //
 // Included once per instruction set, hence the anonymous namespace.
 #pragma once
@@ -12,13 +13,12 @@
 #include <cmath>
 #include <limits>
 
-#include "decoder.hpp"
+#include "attention_cache.hpp"
 #include "rms_norm.hpp"
 #include "vector.hpp"
 
 namespace {
 
-constexpr int64_t kChunk = 64;  // positions
 constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
 
 // A head of one token [D], normalized if there is a norm, rotated, scaled.
@@ -50,63 +50,21 @@ void prepare_head(const fewbits::Attention& job, const float* head, const float*
 
 // Query row r of a group, ready for the keys.
 void prepare_query(const fewbits::Attention& job, int64_t b, int64_t g, int64_t r, float* out) {
-  const int64_t repeats = job.Q / job.G, t = r / repeats, head = g * repeats + r % repeats;
-  const float* token = job.qkv + (b * job.T + t) * job.stride;
-  prepare_head(job, token + head * job.D, job.q_norm, b, t, job.scale, out);
+  const int64_t t = r / job.repeats(), head = g * job.repeats() + r % job.repeats();
+  const float* query = job.queries + b * job.query_batch + t * job.query_token + head * job.query_head;
+  prepare_head(job, query, job.q_norm, b, t, job.scale, out);
 }
 
-// Key and value of one new token and group go into the cache.
-void fill_cache(const fewbits::Attention& job, int64_t b, int64_t g, int64_t t) {
-  const float* token = job.qkv + (b * job.T + t) * job.stride;
-  float* key = job.keys + b * job.key_batch + g * job.key_head + (job.past + t) * job.D;
-  float* value = job.values + b * job.value_batch + g * job.value_head + (job.past + t) * job.D;
-  prepare_head(job, token + (job.Q + g) * job.D, job.k_norm, b, t, 1.0f, key);
-  std::memcpy(value, token + (job.Q + job.G + g) * job.D, static_cast<size_t>(job.D) * sizeof(float));
-}
-
-// Those of token and group [begin, end), counted group by group.
-void fill_caches(const fewbits::Attention& job, int64_t begin, int64_t end) {
+// Keys and values of the new tokens go into the cache: token and group [begin, end), counted group by group.
+// `scratch` holds D floats.
+void fill_caches(const fewbits::Attention& job, int64_t begin, int64_t end, float* scratch) {
+  if (!job.new_keys) return;
   for (int64_t index = begin; index < end; ++index) {
-    const int64_t t = index % job.T, group = index / job.T;
-    fill_cache(job, group / job.G, group % job.G, t);
-  }
-}
-
-// scores[j] = query · key j; four keys at a time, so that their sums overlap.
-void score_chunk(const float* query, const float* keys, int64_t D, int64_t count, float* scores) {
-  const int64_t whole = D / kWidth * kWidth;
-  for (int64_t j = 0; j < count; j += 4) {
-    const int64_t here = std::min<int64_t>(4, count - j);
-    const float* key[4];
-    for (int64_t i = 0; i < 4; ++i) key[i] = keys + (j + (i < here ? i : 0)) * D;
-    FloatLanes sums[4] = {};
-    for (int64_t d = 0; d < whole; d += kWidth) {
-      const FloatLanes q = load(query + d);
-      for (int64_t i = 0; i < 4; ++i) sums[i] = fused(q, load(key[i] + d), sums[i]);
-    }
-    for (int64_t i = 0; i < here; ++i) {
-      float score = sum_of(sums[i]);
-      for (int64_t d = whole; d < D; ++d) score += query[d] * key[i][d];
-      scores[j + i] = score;
-    }
-  }
-}
-
-// sums = sums · factor + Σ weight_j · value_j.
-void add_values(const float* weights, const float* values, int64_t D, int64_t count, float factor, float* sums) {
-  constexpr int64_t kWide = 4 * kWidth;
-  int64_t d = 0;
-  for (; d + kWide <= D; d += kWide) {
-    FloatLanes sum[4];
-    for (int64_t i = 0; i < 4; ++i) sum[i] = load(sums + d + i * kWidth) * factor;
-    for (int64_t j = 0; j < count; ++j)
-      for (int64_t i = 0; i < 4; ++i) sum[i] = fused(all(weights[j]), load(values + j * D + d + i * kWidth), sum[i]);
-    for (int64_t i = 0; i < 4; ++i) store(sums + d + i * kWidth, sum[i]);
-  }
-  for (; d < D; ++d) {
-    float sum = sums[d] * factor;
-    for (int64_t j = 0; j < count; ++j) sum += weights[j] * values[j * D + d];
-    sums[d] = sum;
+    const int64_t t = index % job.T, g = index / job.T % job.G, b = index / job.T / job.G;
+    const int64_t from = b * job.query_batch + t * job.query_token + g * job.query_head;
+    prepare_head(job, job.new_keys + from, job.k_norm, b, t, 1.0f, scratch);
+    write_token(job, job.keys, b, g, job.past + t, scratch);
+    write_token(job, job.values, b, g, job.past + t, job.new_values + from);
   }
 }
 
@@ -132,31 +90,83 @@ void hide_masked(const uint8_t* mask, int64_t count, float* scores) {
   for (int64_t j = 0; j < count; ++j) scores[j] = mask[j] ? scores[j] : kMinusInf;
 }
 
-// Positions [from, to) of one text and group, for all its queries. `scratch` holds (rows + 1) · D + kChunk floats.
+// Of what a chunk of positions from `start` on is made, for rows that are attended together.
+template <class T>
+struct Chunk {
+  const T *keys, *values;
+  const float *key_scales, *value_scales;  // or null
+  int64_t start, count;
+};
+
+// Rows [first, first + Rows) of a group by one chunk.
+template <int Rows, class T>
+void attend_chunk(const fewbits::Attention& job, int64_t b, const Chunk<T>& chunk, int64_t first, const float* queries,
+                  const fewbits::Partial& partial) {
+  const int64_t D = job.D;
+  int64_t seen[Rows], most = 0, common = chunk.count;
+  for (int r = 0; r < Rows; ++r) {
+    seen[r] = std::clamp<int64_t>(job.limit((first + r) / job.repeats()) - chunk.start, 0, chunk.count);
+    most = std::max(most, seen[r]);
+    common = std::min(common, seen[r]);
+  }
+  if (most == 0) return;
+  alignas(64) float scores[Rows * kChunk];
+  float factors[Rows];
+  score_keys<Rows>(queries + first * D, D, chunk.keys, job.keys.token, most, scores);
+  const int64_t padded = (most + kWidth - 1) / kWidth * kWidth;
+  for (int r = 0; r < Rows; ++r) {
+    float* of_row = scores + r * kChunk;
+    if (chunk.key_scales)
+      for (int64_t j = 0; j < most; ++j) of_row[j] *= chunk.key_scales[j];
+    if (job.mask) hide_masked(job.mask_of(b, (first + r) / job.repeats()) + chunk.start, seen[r], of_row);
+    for (int64_t j = seen[r]; j < padded; ++j) of_row[j] = kMinusInf;
+    factors[r] = to_weights(of_row, padded, partial.largest[first + r], partial.total[first + r]);
+    if (chunk.value_scales)
+      for (int64_t j = 0; j < seen[r]; ++j) of_row[j] *= chunk.value_scales[j];
+  }
+  // What all rows see they add together, the rest each for itself: a weight of 0 would not hide a value of NaN.
+  add_values<Rows>(scores, factors, chunk.values, job.values.token, common, D, partial.sums + first * D);
+  const float one = 1.0f;
+  for (int r = 0; r < Rows; ++r)
+    if (seen[r] > common)
+      add_values<1>(scores + r * kChunk + common, &one, chunk.values + common * job.values.token, job.values.token,
+                    seen[r] - common, D, partial.sums + (first + r) * D);
+}
+
+template <class T>
+void attend_chunks(const fewbits::Attention& job, int64_t b, const Chunk<T>& all, int64_t to, const float* queries,
+                   const fewbits::Partial& partial) {
+  for (int64_t start = all.start; start < to; start += kChunk) {
+    const Chunk<T> chunk{all.keys + start * job.keys.token,
+                         all.values + start * job.values.token,
+                         all.key_scales ? all.key_scales + start : nullptr,
+                         all.value_scales ? all.value_scales + start : nullptr,
+                         start,
+                         std::min(kChunk, to - start)};
+    int64_t r = 0;
+    for (; r + kRowsAtOnce <= job.rows(); r += kRowsAtOnce)
+      attend_chunk<kRowsAtOnce>(job, b, chunk, r, queries, partial);
+    for (; r + 2 <= job.rows(); r += 2) attend_chunk<2>(job, b, chunk, r, queries, partial);
+    for (; r < job.rows(); ++r) attend_chunk<1>(job, b, chunk, r, queries, partial);
+  }
+}
+
+// Positions [from, to) of one text and group, for all its queries. `scratch` holds rows · D floats.
 void attend_few(const fewbits::Attention& job, int64_t b, int64_t g, int64_t from, int64_t to, float* scratch,
                 const fewbits::Partial& partial) {
-  const int64_t D = job.D, rows = job.rows(), repeats = job.Q / job.G;
-  alignas(64) float scores[kChunk];
+  const int64_t D = job.D, rows = job.rows();
   for (int64_t r = 0; r < rows; ++r) {
     prepare_query(job, b, g, r, scratch + r * D);
     partial.largest[r] = kMinusInf;
     partial.total[r] = 0;
   }
   std::memset(partial.sums, 0, static_cast<size_t>(rows * D) * sizeof(float));
-  const float* keys = job.keys + b * job.key_batch + g * job.key_head;
-  const float* values = job.values + b * job.value_batch + g * job.value_head;
-  for (int64_t start = from; start < to; start += kChunk) {
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t t = r / repeats, count = std::min({kChunk, to - start, job.limit(t) - start});
-      if (count <= 0) continue;
-      score_chunk(scratch + r * D, keys + start * D, D, count, scores);
-      if (job.mask) hide_masked(job.mask_of(b, t) + start, count, scores);
-      const int64_t padded = (count + kWidth - 1) / kWidth * kWidth;
-      for (int64_t j = count; j < padded; ++j) scores[j] = kMinusInf;
-      const float factor = to_weights(scores, padded, partial.largest[r], partial.total[r]);
-      add_values(scores, values + start * D, D, count, factor, partial.sums + r * D);
-    }
-  }
+  of_type(job, job.keys, b, g, [&]<class T>(const T* keys, const float* key_scales) {
+    const int64_t at = b * job.values.batch + g * job.values.head;
+    const float* value_scales = key_scales ? job.values.scales + at / D : nullptr;
+    const T* values = static_cast<const T*>(job.values.data) + at;
+    attend_chunks<T>(job, b, {keys, values, key_scales, value_scales, from, 0}, to, scratch, partial);
+  });
 }
 
 // out [D] = the attention of row r, from `count` partial results; 0 where nothing was visible.

@@ -138,21 +138,25 @@ void attend_block(const fewbits::Attention& job, int64_t unit, float* scratch) {
     s.total[r] = 0;
   }
   std::memset(s.sums, 0, static_cast<size_t>(rows * wide) * sizeof(float));
-  const float* keys = job.keys + b * job.key_batch + g * job.key_head;
-  const float* values = job.values + b * job.value_batch + g * job.value_head;
+  const bool as_they_are = job.type == fewbits::CacheType::kFloat32 && job.values.token == D && wide == D;
   const int64_t end = job.limit(token + (rows - 1) / repeats);
   for (int64_t start = 0; start < end; start += kBlock) {
     const int64_t count = std::min(kBlock, end - start);
-    for (int64_t j = 0; j < count; ++j)
-      for (int64_t d = 0; d < D; ++d) s.keys[d * kBlock + j] = keys[(start + j) * D + d];
+    of_type(job, job.keys, b, g, [&](const auto* keys, const float* scales) {
+      read_tokens(keys + start * job.keys.token, scales ? scales + start : nullptr, job.keys.token, count, D, s.keys, 1,
+                  kBlock);
+    });
     for (int64_t d = 0; count < kBlock && d < D; ++d)
       std::memset(s.keys + d * kBlock + count, 0, static_cast<size_t>(kBlock - count) * sizeof(float));
-    const float* block = values + start * D;
-    if (wide != D) {
-      std::memset(s.values, 0, static_cast<size_t>(kBlock * wide) * sizeof(float));
-      for (int64_t j = 0; j < count; ++j)
-        std::memcpy(s.values + j * wide, block + j * D, static_cast<size_t>(D) * sizeof(float));
-      block = s.values;
+    const float* block = s.values;
+    if (as_they_are) {
+      block = static_cast<const float*>(job.values.data) + b * job.values.batch + g * job.values.head + start * D;
+    } else {
+      if (wide != D) std::memset(s.values, 0, static_cast<size_t>(kBlock * wide) * sizeof(float));
+      of_type(job, job.values, b, g, [&](const auto* values, const float* scales) {
+        read_tokens(values + start * job.values.token, scales ? scales + start : nullptr, job.values.token, count, D,
+                    s.values, wide, 1);
+      });
     }
     for (int64_t r = 0; r < rows; r += kRows)
       attend_rows(job, b, token, r, std::min(kRows, rows - r), start, block, wide, s);

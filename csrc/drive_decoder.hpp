@@ -21,8 +21,8 @@ struct DecoderCall {
   int64_t B, T, past;
   const float *cos, *sin;  // [1 or B, T, R]
   int64_t R, rotary_batch;
-  float *keys, *values;  // [B, G, ≥ past + T, D]
-  int64_t key_batch, key_head, value_batch, value_head;
+  CacheType cache;
+  CacheTensor keys, values;  // [B, G, ≥ past + T, D]; the new tokens are written there
   const uint8_t* mask;  // [B, T, past + T] or null
   int64_t mask_batch, mask_row;
 };

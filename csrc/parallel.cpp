@@ -1,5 +1,6 @@
 #include "parallel.hpp"
 
+#include <dirent.h>
 #include <dlfcn.h>
 #include <pthread.h>
 #include <sched.h>
@@ -38,13 +39,22 @@ struct Team {
   Member::Meeting meeting;
 };
 
-// A forked process has the pool's data but none of its threads: work given to them would never be done.
-bool used = false, lost = false;
+// A forked process has the pool's data but none of its threads: work given to them would never be done. Who started
+// the pool, PyTorch or we, is not to be seen; a process that was alone when it forked has none.
+bool alone = false, lost = false;
 
-bool has_threads() {
-  static const bool watched = pthread_atfork(nullptr, nullptr, [] { lost = used; }) == 0;
-  return watched && !lost && has_pool();
+bool has_one_thread() {
+  DIR* tasks = opendir("/proc/self/task");
+  if (!tasks) return false;
+  int count = 0;
+  while (const dirent* entry = readdir(tasks)) count += entry->d_name[0] != '.';
+  closedir(tasks);
+  return count == 1;
 }
+
+const bool watched = pthread_atfork([] { alone = has_one_thread(); }, nullptr, [] { lost = lost || !alone; }) == 0;
+
+bool has_threads() { return watched && !lost && has_pool(); }
 
 void relax() {
 #if defined(__x86_64__)
@@ -75,7 +85,6 @@ void parallel_ranges(int threads, int64_t count, const std::function<void(int64_
     return;
   }
   Job job{count, work};
-  used = true;
   pool().parallel(run_part, &job, static_cast<unsigned>(threads), 0);
 }
 
@@ -98,7 +107,6 @@ void Member::meet() const {
 void parallel_team(int threads, const std::function<void(const Member&)>& work) {
   Team team{work, {}};
   if (threads <= 1 || !has_threads()) return work(Member(0, 1, team.meeting));
-  used = true;
   pool().parallel(run_member, &team, static_cast<unsigned>(threads), 0);
 }
 

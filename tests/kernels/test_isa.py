@@ -16,6 +16,9 @@ FILES = (
     "test_int4_matmul.py",
     "test_weight_only_matmul.py",
     "test_decoder_layer.py",
+    "test_attention.py",
+    "test_int8_cache_kernel.py",
+    "test_bad_input.py",
 )
 SHOW = "from fewbits.kernels import native; print(native.status().isa)"
 

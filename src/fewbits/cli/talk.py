@@ -9,6 +9,8 @@ import typer
 
 from fewbits.cli.app import MODEL, PRECISION, app, progress_bar
 
+_KV_CACHE = "int8: keys and values in a quarter of the memory; without it, as they are computed."
+
 
 @app.command()
 def generate(
@@ -20,6 +22,7 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the draws, where temperature is above 0.")] = 0,
     precision: Annotated[str | None, typer.Option(help=PRECISION)] = None,
+    kv_cache: Annotated[str | None, typer.Option(help=_KV_CACHE)] = None,
     raw: Annotated[bool, typer.Option("--raw", help="No chat template: continue the prompt as it is.")] = False,
 ) -> None:
     """Let a model answer a prompt; its chat template is applied."""
@@ -31,7 +34,7 @@ def generate(
     tokenizer = source.tokenizer()
     check_prompt(source.config, tokenizer, prompt, max_new_tokens=max_new_tokens, use_chat_template=not raw)
     with progress_bar("loading", in_bytes=True) as step:
-        loaded = AutoModelForCausalLM.from_pretrained(model, precision=precision, progress=step)
+        loaded = AutoModelForCausalLM.from_pretrained(model, precision=precision, kv_cache=kv_cache, progress=step)
 
     def write(piece: str) -> None:
         sys.stdout.write(piece)
@@ -54,6 +57,7 @@ def chat(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.7,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the draws, where temperature is above 0.")] = 0,
     precision: Annotated[str | None, typer.Option(help=PRECISION)] = None,
+    kv_cache: Annotated[str | None, typer.Option(help=_KV_CACHE)] = None,
 ) -> None:
     """Talk with a model; Ctrl-C stops an answer, Ctrl-D ends. From a pipe, each line is a turn."""
     from fewbits.models.chat import Conversation, check_chat
@@ -65,7 +69,7 @@ def chat(
     tokenizer = source.tokenizer()
     check_chat(source.config, tokenizer, system=system, max_new_tokens=max_new_tokens)
     with progress_bar("loading", in_bytes=True) as step:
-        loaded = AutoModelForCausalLM.from_pretrained(model, precision=precision, progress=step)
+        loaded = AutoModelForCausalLM.from_pretrained(model, precision=precision, kv_cache=kv_cache, progress=step)
     chat_loop(
         Conversation(
             loaded, tokenizer, system=system, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed

@@ -222,11 +222,14 @@ def _cut(cache: transformers.DynamicCache, length: int) -> bool:
     Layers of sliding windows and of linear attention do not, once they are full.
     """
     layers = cache.layers
-    if not all(type(layer) is DynamicLayer and layer.keys is not None for layer in layers):
+    if not all(isinstance(layer, DynamicLayer) and not layer.is_sliding and layer.is_initialized for layer in layers):
         return False
     # Keys and values each: an interrupt can come between the two.
     if any(min(layer.keys.shape[-2], layer.values.shape[-2]) < length for layer in layers):
         return False
     for layer in layers:
-        layer.keys, layer.values = layer.keys[..., :length, :], layer.values[..., :length, :]
+        if layer.keys.shape == layer.values.shape:
+            layer.crop(length - layer.keys.shape[-2])
+        else:
+            layer.keys, layer.values = layer.keys[..., :length, :], layer.values[..., :length, :]
     return True

@@ -55,7 +55,7 @@ class _Fused(nn.Module):
             held = growing_layer(past_key_values, layer.index)
             past = 0 if held is None else held.get_seq_length()
             simple = attention_mask is not None or past == 0 or hidden_states.shape[1] == 1
-            if simple and (held is not None or past_key_values is None):
+            if simple and (past_key_values is None if held is None else held.takes(torch.float32)):
                 return layer.run(hidden_states, attention_mask, position_embeddings, held)
         result: Tensor = super().forward(  # of the class of transformers beside this one
             hidden_states,

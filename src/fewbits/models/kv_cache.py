@@ -9,33 +9,69 @@ Letters: B texts, G key and value heads, T new tokens, D channels of a head.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
+from fewbits.kernels import ops
+
 _LEAST_ROOM = 256  # tokens: what most answers need at least
 
 
 @dataclass
-class _Held:
-    """Keys or values: a buffer, and which of its positions are held."""
+class Held:
+    """Keys or values: a buffer, and which of its positions are held.
+
+    Attributes:
+        buffer: ``[B, G, capacity, D]``, numbers or int8 codes.
+        start: The first position that is held.
+        end: The one behind the last.
+        scales: Of codes, float32 ``[B, G, capacity]``; None of numbers.
+    """
 
     buffer: Tensor
     start: int
     end: int
+    scales: Tensor | None = None
 
-    def view(self) -> Tensor:
-        return self.buffer[:, :, self.start : self.end]
+    def view(self, dtype: torch.dtype) -> Tensor:
+        """What is held, ``[B, G, tokens, D]``: a view, or a copy in ``dtype`` of what codes stand for."""
+        held = self.buffer[:, :, self.start : self.end]
+        if self.scales is None:
+            return held
+        return (held.float() * self.scales[:, :, self.start : self.end, None]).to(dtype)
 
-    def moved(self, capacity: int, shape: tuple[int, int, int]) -> Tensor:
-        """What is held, at the beginning of a larger buffer."""
-        B, G, D = shape
-        new = self.buffer.new_empty(B, G, capacity, D)
-        new[:, :, : self.end - self.start] = self.view()
-        return new
+    def place(self) -> tuple[int, int, int, int, int]:
+        """For the kernels: the first token's address and its scale's (0: none), strides of texts, heads and tokens."""
+        buffer, scales = self.buffer, self.scales
+        first = buffer.data_ptr() + self.start * buffer.stride(2) * buffer.itemsize
+        of_scales = 0 if scales is None else scales.data_ptr() + self.start * scales.itemsize
+        return first, of_scales, buffer.stride(0), buffer.stride(1), buffer.stride(2)
+
+    def write(self, states: Tensor) -> None:
+        """Put new tokens ``[B, G, T, D]`` into the room behind the others; ``end`` does not move."""
+        places = slice(self.end, self.end + states.shape[2])
+        if self.scales is None:
+            self.buffer[:, :, places] = states
+        else:
+            codes, scales = ops.quantize_per_token(states.float())
+            self.buffer[:, :, places], self.scales[:, :, places] = codes, scales[..., 0]
+
+    def moved(self, capacity: int, texts: Tensor | None = None) -> Held:
+        """What is held, or these texts of it, at the beginning of another buffer."""
+        tensors = []
+        for old in (self.buffer, self.scales):
+            if old is None:
+                continue
+            held = old[:, :, self.start : self.end]
+            held = held if texts is None else held.index_select(0, texts.to(old.device))
+            new = old.new_empty(held.shape[0], old.shape[1], capacity, *old.shape[3:])
+            new[:, :, : self.end - self.start] = held
+            tensors.append(new)
+        return Held(tensors[0], 0, self.end - self.start, *tensors[1:])
 
 
 class GrowingLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not typed
@@ -46,8 +82,8 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not t
     """
 
     is_initialized: bool
-    _keys: _Held | None = None
-    _values: _Held | None = None
+    _keys: Held | None = None
+    _values: Held | None = None
 
     @property
     def keys(self) -> Tensor | None:
@@ -56,7 +92,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not t
 
     @keys.setter
     def keys(self, keys: Tensor | None) -> None:
-        self._keys = _adopted(keys)
+        self._keys = self._adopted(keys)
 
     @property
     def values(self) -> Tensor | None:
@@ -65,26 +101,31 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not t
 
     @values.setter
     def values(self, values: Tensor | None) -> None:
-        self._values = _adopted(values)
+        self._values = self._adopted(values)
 
-    def make_room(self, B: int, G: int, T: int, D: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, int, int]:
-        """See that ``T`` more tokens fit.
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers, the room in them included."""
+        held = [each for each in (self._keys, self._values) if each is not None]
+        return sum(each.buffer.nbytes + (0 if each.scales is None else each.scales.nbytes) for each in held)
 
-        Returns:
-            The buffers of keys and values, and where in them the tokens that are visible now begin and end.
-        """
+    def make_room(self, B: int, G: int, T: int, D: int, dtype: torch.dtype, device: torch.device) -> tuple[Held, Held]:
+        """See that ``T`` more tokens fit behind the keys and values, which are returned."""
+        if not self.is_initialized:
+            self.dtype, self.device, self.is_initialized = dtype, device, True
         keys, values = self._keys, self._values
         if keys is None or values is None:
-            if not self.is_initialized:
-                self.dtype, self.device, self.is_initialized = dtype, torch.device("cpu"), True
-            empty = torch.empty(B, G, 0, D, dtype=dtype)
-            keys = values = _Held(empty, 0, 0)
+            keys, values = (self._empty(B, G, D, dtype, device) for _ in range(2))
         if keys.end + T > keys.buffer.shape[2] or values.end + T > values.buffer.shape[2] or keys.end != values.end:
             tokens = keys.end - keys.start
             capacity = tokens + T + max(_LEAST_ROOM, (tokens + T) // 2)
-            keys = self._keys = _Held(keys.moved(capacity, (B, G, D)), 0, tokens)
-            values = self._values = _Held(values.moved(capacity, (B, G, D)), 0, tokens)
-        return keys.buffer, values.buffer, keys.start, keys.end
+            keys, values = keys.moved(capacity), values.moved(capacity)
+        self._keys, self._values = keys, values
+        return keys, values
+
+    def takes(self, dtype: torch.dtype) -> bool:
+        """Whether new tokens of ``dtype`` can be written behind those that are here."""
+        return self._keys is None or self._keys.scales is not None or self._keys.buffer.dtype == dtype
 
     def grow(self, T: int) -> None:
         """Count ``T`` tokens that have been written behind the others."""
@@ -98,11 +139,12 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not t
             seen: tuple[Tensor, Tensor] = super().update(key_states, value_states, *args, **kwargs)
             return seen
         B, G, T, D = key_states.shape
-        keys, values, start, end = self.make_room(B, G, T, D, key_states.dtype)
-        keys[:, :, end : end + T] = key_states
-        values[:, :, end : end + T] = value_states
-        self.grow(T)
-        return keys[:, :, start : end + T], values[:, :, start : end + T]
+        keys, values = self.make_room(B, G, T, D, key_states.dtype, key_states.device)
+        keys.write(key_states)
+        values.write(value_states)
+        all_keys, all_values = (replace(held, end=held.end + T) for held in (keys, values))
+        self.grow(T)  # after which a layer with a window may hold less
+        return all_keys.view(key_states.dtype), all_values.view(key_states.dtype)
 
     def get_seq_length(self) -> int:
         """Tokens so far."""
@@ -118,29 +160,38 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not t
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Put other texts in the places of these, as beam search does; the room stays."""
-        for held in (self._keys, self._values):
-            if held is not None:
-                chosen = _Held(held.view().index_select(0, beam_idx.to(held.buffer.device)), 0, held.end - held.start)
-                B, G, _, D = chosen.buffer.shape
-                held.buffer = chosen.moved(held.buffer.shape[2], (B, G, D))
-                held.start, held.end = 0, chosen.end
+        if self._keys is not None and self._values is not None:
+            self._keys = self._keys.moved(self._keys.buffer.shape[2], beam_idx)
+            self._values = self._values.moved(self._values.buffer.shape[2], beam_idx)
 
-    def _view(self, held: _Held | None) -> Tensor | None:
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Put ``repeats`` copies of each text in its place."""
+        if self._keys is not None:
+            self.reorder_cache(torch.arange(self._keys.buffer.shape[0]).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these texts only."""
+        if self._keys is not None:
+            self.reorder_cache(torch.arange(self._keys.buffer.shape[0])[torch.as_tensor(indices).cpu()])
+
+    def _view(self, held: Held | None) -> Tensor | None:
         if held is None:
             return torch.tensor([], dtype=self.dtype, device=self.device) if self.is_initialized else None
-        return held.view()
+        return held.view(self.dtype)
+
+    def _adopted(self, tensor: Tensor | None) -> Held | None:
+        """A tensor from elsewhere is a buffer without room: nothing is ever written behind it."""
+        return None if tensor is None or tensor.ndim != 4 else Held(tensor, 0, tensor.shape[2])
+
+    def _empty(self, B: int, G: int, D: int, dtype: torch.dtype, device: torch.device) -> Held:
+        return Held(torch.empty(B, G, 0, D, dtype=dtype, device=device), 0, 0)
 
     def _can_write(self, key_states: Tensor, value_states: Tensor) -> bool:
         """Whether states can be written into buffers: else they are concatenated, as transformers does."""
         graded = torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)
         same = key_states.shape == value_states.shape and key_states.dtype == value_states.dtype
-        fits = self._keys is None or self._keys.buffer.dtype == key_states.dtype
-        return key_states.device.type == value_states.device.type == "cpu" and same and fits and not graded
-
-
-def _adopted(tensor: Tensor | None) -> _Held | None:
-    """A tensor from elsewhere is a buffer without room: nothing is ever written behind it."""
-    return None if tensor is None or tensor.ndim != 4 else _Held(tensor, 0, tensor.shape[2])
+        on_cpu = key_states.device.type == value_states.device.type == "cpu"
+        return on_cpu and same and self.takes(key_states.dtype) and not graded
 
 
 class GrowingSlidingLayer(GrowingLayer, DynamicSlidingWindowLayer):  # type: ignore[misc]
@@ -171,9 +222,10 @@ def growing_layer(cache: Cache | None, index: int) -> GrowingLayer | None:
     if cache is None or cache.offloading:
         return None
     if len(cache.layers) <= index:
-        if cache.layer_class_to_replicate is not DynamicLayer:
+        kind = cache.layer_class_to_replicate
+        if kind is not DynamicLayer and not (isinstance(kind, type) and issubclass(kind, GrowingLayer)):
             return None
-        cache.layers.extend(DynamicLayer() for _ in range(index + 1 - len(cache.layers)))
+        cache.layers.extend(kind() for _ in range(index + 1 - len(cache.layers)))
     layer = cache.layers[index]
     if isinstance(layer, GrowingLayer):
         recording = isinstance(layer, GrowingSlidingLayer) and layer.record_past
@@ -181,8 +233,15 @@ def growing_layer(cache: Cache | None, index: int) -> GrowingLayer | None:
     kind = _GROWING.get(type(layer))
     if kind is None or getattr(layer, "record_past", False):
         return None
-    keys, values = layer.__dict__.pop("keys"), layer.__dict__.pop("values")
-    layer.__class__ = kind  # it stays the same object, of a subclass of what it was
+    return grown(layer, kind)
+
+
+def grown(layer: Any, kind: type[GrowingLayer]) -> GrowingLayer:
+    """A cache's layer as another kind, with the tokens that it has; it stays the same object."""
+    keys, values = layer.keys, layer.values
+    layer.__dict__.pop("keys", None)
+    layer.__dict__.pop("values", None)
+    layer.__class__ = kind
     layer.keys, layer.values = keys, values
     return layer  # type: ignore[no-any-return]
 
