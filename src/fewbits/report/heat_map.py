@@ -25,7 +25,8 @@ class Panel:
         format: The format whose zones it shows.
         exponents: Of the columns, ascending. The first column also has all smaller ones, the last all larger.
         zones: Of the columns; see ``ZONES``.
-        shares: Of each module the share of its values in each column, 0 to 1; None where it has no such tensor.
+        shares: Of each module the share of its values in each column, 0 to 1; None where it has no such tensor in
+            this format: what stays in a wider one has other zones.
     """
 
     title: str
@@ -50,6 +51,7 @@ def panels(data: dict[str, Any]) -> list[Panel]:
             continue
         name = Counter(row["format"] for row in rows.values()).most_common(1)[0][0]
         fmt = data["formats"][name]
+        rows = {module: row for module, row in rows.items() if row["format"] == name}
         exponents = _columns(rows, fmt)
         shares = tuple(_shares(rows[module], exponents) if module in rows else None for module in names)
         found.append(Panel(title, name, exponents, tuple(zone_of(e, fmt) for e in exponents), shares))

@@ -22,12 +22,12 @@ def preflight_table(data: dict[str, Any]) -> RenderableType:
     table.add_column("module", overflow="fold")
     table.add_column("of", no_wrap=True)
     table.add_column("format", no_wrap=True)
-    for heading in ("to zero\n%", "sub-\nnormal %", "saturated\n%", "lost\n%"):
+    for heading in ("to zero\n%", "subnor-\nmal %", "beyond\n%", "lost\n%"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in worst_rows(data, _ROWS):
-        cells = (percent(row[name]).removesuffix(" %") for name in ("zeroed", "subnormal", "saturated", "lost"))
+        cells = (f"{100 * row[name]:.2g}" for name in ("zeroed", "subnormal", "saturated", "lost"))
         style = "bold red" if badness(row, data) > 1 else None
-        table.add_row(Text(row["name"]), row["kind"].replace("_", " "), row["format"], *cells, style=style)
+        table.add_row(Text(row["name"]), row["kind"].replace("weight_", "w. "), row["format"], *cells, style=style)
     lines = [Text(caption(data), style="dim")]
     lines += [Text(line) for line in keep_lines(data)]
     return Group(table, *lines, Text(data["verdict"], style="bold"))
