@@ -1,11 +1,12 @@
 // Python sees addresses and sizes only; shapes and dtypes are checked in fewbits/kernels/ops.py.
+#include "bindings.hpp"
+
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/array.h>
 #include <nanobind/stl/pair.h>
 
 #include <algorithm>
 
-#include "bindings.hpp"
 #include "drive.hpp"
 #include "parallel.hpp"
 
@@ -80,8 +81,8 @@ NB_MODULE(_native, m) {
       "quantize_weight",
       [](uintptr_t weight, int64_t N, int64_t K, int64_t group, int64_t rotation, bool bf16_weight, bool bf16_scales,
          bool nibbles, float divisor, int32_t low, int32_t high, uintptr_t codes, uintptr_t scales, int threads) {
-        return fewbits::quantize_weight({at<const void>(weight), N, K, group, rotation, bf16_weight, bf16_scales, nibbles,
-                                         divisor, low, high, at<int8_t>(codes), at<float>(scales)},
+        return fewbits::quantize_weight({at<const void>(weight), N, K, group, rotation, bf16_weight, bf16_scales,
+                                         nibbles, divisor, low, high, at<int8_t>(codes), at<float>(scales)},
                                         threads);
       },
       nb::call_guard<nb::gil_scoped_release>());

@@ -49,8 +49,9 @@ fewbits::CacheTensor cache_of(const CacheFields& fields) {
 
 // `strides` are those of the queries, in floats: of a text, a token, a head.
 void attention(uintptr_t queries, const std::tuple<int64_t, int64_t, int64_t>& strides, uintptr_t out, int32_t type,
-               const CacheFields& keys, const CacheFields& values, int64_t B, int64_t T, int64_t S, int64_t Q, int64_t G,
-               int64_t D, uintptr_t mask, int64_t mask_batch, int64_t mask_row, bool causal, float scale, int threads) {
+               const CacheFields& keys, const CacheFields& values, int64_t B, int64_t T, int64_t S, int64_t Q,
+               int64_t G, int64_t D, uintptr_t mask, int64_t mask_batch, int64_t mask_row, bool causal, float scale,
+               int threads) {
   const auto [batch, token, head] = strides;
   const fewbits::Attention job{.queries = at<const float>(queries),
                                .query_batch = batch,

@@ -12,8 +12,8 @@
 
 namespace fewbits {
 
-// What a weight multiplies: int8 codes with a scale per row, in the order of int8_matmul or of int4_matmul; or floats, as
-// they are or rounded to e4m3fn with a scale per row.
+// What a weight multiplies: int8 codes with a scale per row, in the order of int8_matmul or of int4_matmul; or floats,
+// as they are or rounded to e4m3fn with a scale per row.
 enum class TokenKind : int32_t { kInt8, kInt4, kFloat, kE4m3 };
 
 // All that tokens depend on beside the rows that they are made of: weights that need the same share them.

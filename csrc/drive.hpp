@@ -18,9 +18,8 @@ void int8_linear(const float* x, const int8_t* packed, const float* channel_scal
 void int8_linear_two_digits(const float* x, const int8_t* packed, const float* channel_scales, const float* bias,
                             float* out, int64_t M, int64_t N, int64_t K, int threads);
 
-// job.codes and its scratch, and job.tiles and what follows it, are allocated here.
-void int4_linear(const float* x, const PanelWeight& weight, const float* bias, float* out, int64_t M, int threads);
-void weight_only_linear(WeightOnlyMatmul job, int threads);
+// x [M, K] by a weight in panels of 4 or 8 bits, of any kind: out [M, N].
+void panel_linear(const float* x, const Weight& weight, float* out, int64_t M, int threads);
 
 // x is float32, or 16-bit floats of the format `source`; results are float32, or narrowed to 16 bits by `narrow`.
 // `fresh` memory was never written: its pages come from the system as they are touched, and are in the caches then.

@@ -89,8 +89,7 @@ class Run {
     gated_ = room_.take<float>(chunk_ * F_);
     places_ = places_for(own_ ? 0 : chunk_);
     attend_.lay_out(room_, attention(), threads_, own_);
-    for (ThreadRoom& mine : of_thread_)
-      mine = {places_for(own_ ? M_ : 0), room_.take<float>(2 * most_K_ + 16)};
+    for (ThreadRoom& mine : of_thread_) mine = {places_for(own_ ? M_ : 0), room_.take<float>(2 * most_K_ + 16)};
   }
 
   Places places_for(int64_t rows) {

@@ -29,8 +29,9 @@ inline int32_t word_at(const void* bytes) {
 
 #if defined(__AVX512VNNI__)
 
-constexpr int kVectorWords = 16, kBlockVectors = 2,
-              kBlockRows = 12;  // a block of sums: 12 rows × 2 vectors, 24 of 32 registers
+// A block of sums: 12 rows × 2 vectors, 24 of 32 registers. Blocks of few rows wait for the memory, and have registers
+// to spare.
+constexpr int kVectorWords = 16, kBlockVectors = 2, kBlockRows = 12, kRowsFromMemory = 2;
 using Words = __m512i;
 using Floats = __m512;
 
@@ -40,6 +41,7 @@ inline Floats same_float(float value) { return _mm512_set1_ps(value); }
 inline Floats load_floats(const float* from) { return _mm512_loadu_ps(from); }
 inline void store_floats(float* to, Floats values) { _mm512_storeu_ps(to, values); }
 inline Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
+inline Words plus(Words a, Words b) { return _mm512_add_epi32(a, b); }
 inline Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
 inline Floats multiply_add(Floats a, Floats b, Floats sum) { return _mm512_fmadd_ps(a, b, sum); }
 inline Floats to_floats(Words integers) { return _mm512_cvtepi32_ps(integers); }
@@ -79,7 +81,7 @@ struct Table16 {
 
 #elif defined(__AVX2__)
 
-constexpr int kVectorWords = 8, kBlockVectors = 2, kBlockRows = 4;
+constexpr int kVectorWords = 8, kBlockVectors = 2, kBlockRows = 4, kRowsFromMemory = 1;
 using Words = __m256i;
 using Floats = __m256;
 
@@ -89,6 +91,7 @@ inline Floats same_float(float value) { return _mm256_set1_ps(value); }
 inline Floats load_floats(const float* from) { return _mm256_loadu_ps(from); }
 inline void store_floats(float* to, Floats values) { _mm256_storeu_ps(to, values); }
 inline Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
+inline Words plus(Words a, Words b) { return _mm256_add_epi32(a, b); }
 inline Floats multiply(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
 inline Floats multiply_add(Floats a, Floats b, Floats sum) { return add(multiply(a, b), sum); }
 inline Floats to_floats(Words integers) { return _mm256_cvtepi32_ps(integers); }
@@ -129,7 +132,7 @@ struct Table16 {
 
 #else
 
-constexpr int kVectorWords = 1, kBlockVectors = 1, kBlockRows = 1;
+constexpr int kVectorWords = 1, kBlockVectors = 1, kBlockRows = 1, kRowsFromMemory = 1;
 using Words = int32_t;
 using Floats = float;
 
@@ -139,6 +142,7 @@ inline Floats same_float(float value) { return value; }
 inline Floats load_floats(const float* from) { return *from; }
 inline void store_floats(float* to, Floats value) { *to = value; }
 inline Floats add(Floats a, Floats b) { return a + b; }
+inline Words plus(Words a, Words b) { return a + b; }
 inline Floats multiply(Floats a, Floats b) { return a * b; }
 inline Floats multiply_add(Floats a, Floats b, Floats sum) { return a * b + sum; }
 inline Floats to_floats(Words integer) { return static_cast<float>(integer); }

@@ -1,6 +1,6 @@
-// Weights of 4 or 8 bits with a scale per group, in panels, and the jobs that multiply by them.
+// Weights of 4 or 8 bits with a scale per group, in panels.
 //
-// Letters: M tokens (rows), K input features, N output channels, G groups of features, each with a scale.
+// Letters: K input features, N output channels, G groups of features, each with a scale.
 #pragma once
 
 #include <cstdint>
@@ -26,12 +26,8 @@ struct PanelWeight {
   bool bf16_scales;
   int64_t N, G;
   int64_t words;  // of a group: a word holds features of one group
-  int64_t code_bits = 4;
 
-  int64_t panels() const { return (N + kPanelChannels - 1) / kPanelChannels; }
-  int64_t features_of_word() const { return kWordBytes * 8 / code_bits; }
-  int64_t features_of_group() const { return words * features_of_word(); }
-  int64_t features() const { return G * features_of_group(); }  // K, or more where the last word is padded
+  int64_t count() const { return (N + kPanelChannels - 1) / kPanelChannels; }
   const uint8_t* panel(int64_t index) const { return packed + index * G * words * kPanelStep; }
   const void* scales_of(int64_t panel) const {
     const int64_t bytes = panel * G * kPanelChannels * (bf16_scales ? 2 : 4);
@@ -39,46 +35,7 @@ struct PanelWeight {
   }
 };
 
-// Tiles of rows: what int4_matmul and weight_only_matmul have in common.
-struct RowTiles {
-  int64_t M;
-
-  int64_t count() const { return (M + kPanelRows - 1) / kPanelRows; }
-  int64_t rows_of(int64_t tile) const { return tile + 1 < count() ? kPanelRows : M - tile * kPanelRows; }
-};
-
-struct Int4Matmul {
-  PanelWeight weight;         // 4 bits, two's complement
-  const int8_t* codes;        // [M, K]
-  const float* token_scales;  // [M]
-  const float* bias;          // [N] or null
-  float* out;                 // [M, N]
-  RowTiles rows;
-  int8_t* tiles;  // scratch [M, K], and
-  int32_t* sums;  // scratch [M, G]: both by row tile, see int4_pack_rows
-
-  int8_t* tile(int64_t index) const { return tiles + index * kPanelRows * weight.features(); }
-  int32_t* tile_sums(int64_t index) const { return sums + index * kPanelRows * weight.G; }
-};
-
 // How the codes of a weight become numbers, before they are scaled.
 enum class Codes : int32_t { kTable, kInt8, kE4m3 };
-
-struct WeightOnlyMatmul {
-  PanelWeight weight;
-  Codes how;
-  const float* table;  // 16 values, for codes of 4 bits
-  bool e4m3_tokens;    // round each row to e4m3fn with a scale of its own first
-  const float* x;      // [M, K]
-  const float* bias;   // [N] or null
-  float* out;          // [M, N]
-  int64_t K;
-  RowTiles rows;
-  float* tiles;         // scratch [M, weight.features()], by row tile
-  float* rounded;       // scratch [M, K], and
-  float* token_scales;  // scratch [M]: with e4m3_tokens
-
-  float* tile(int64_t index) const { return tiles + index * kPanelRows * weight.features(); }
-};
 
 }  // namespace fewbits

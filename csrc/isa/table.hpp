@@ -7,13 +7,12 @@
 #include "../attention_block.hpp"
 #include "../block.hpp"
 #include "../cast.hpp"
-#include "../int4_matmul.hpp"
 #include "../int8_matmul.hpp"
 #include "../linear.hpp"
 #include "../quantize_per_token.hpp"
 #include "../quantize_weight.hpp"
 #include "../rotation.hpp"
-#include "../weight_only_matmul.hpp"
+#include "../tokens.hpp"
 
 namespace {
 
@@ -25,10 +24,6 @@ constexpr fewbits::Kernels table(const char* name) {
       .quantize_weight = quantize_weight,
       .int8_pack_rows = int8_pack_rows,
       .int8_matmul = int8_matmul,
-      .int4_pack_rows = int4_pack_rows,
-      .int4_matmul = int4_matmul,
-      .weight_only_pack_rows = weight_only_pack_rows,
-      .weight_only_matmul = weight_only_matmul,
       .make_tokens = make_tokens,
       .linear = linear,
       .make_digits = make_digits,

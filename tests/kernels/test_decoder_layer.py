@@ -1,8 +1,9 @@
 """A decoder layer in one native call beside its modules. ``test_isa.py`` runs this file for every instruction set."""
 
 import multiprocessing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import cycle
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from fewbits.kernels import native
 from fewbits.models.fused import fuse, unfuse
 from fewbits.models.fused_layer import FusedLayer
 from fewbits.models.linear import QuantLinear
-from fewbits.tensors.quantized import quantize_per_channel
+from fewbits.tensors.quantized import quantize_weight
 
 pytestmark = pytest.mark.skipif(not native.status().loaded, reason="there are no compiled kernels")
 
@@ -41,6 +42,25 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 EVERY = pytest.mark.parametrize("kind", KINDS)
 
+Weights = tuple[str, str | None, int | None, int]
+"""Format of weights, of activations, group size, block that is rotated."""
+
+INT8: Weights = ("int8", "int8", None, 0)
+WEIGHTS: dict[str, list[Weights]] = {
+    "rotated int8": [("int8", "int8", None, 32)],
+    "int4": [("int4", "int8", 32, 0)],
+    "int4, a channel a group": [("int4", "int8", None, 0)],
+    "int4, floats": [("int4", None, 32, 0)],
+    "int8, floats": [("int8", None, 32, 0)],
+    "nf4": [("nf4", None, 32, 0)],
+    "fp8": [("e4m3fn", "e4m3fn", None, 0)],
+    "fp8, floats": [("e4m3fn", None, None, 0)],
+    "one of each": [
+        INT8, ("int4", "int8", 32, 0), ("nf4", None, 32, 0), ("e4m3fn", "e4m3fn", None, 0), ("int8", None, 32, 0),
+        ("int8", "int8", None, 32), ("int4", "int8", None, 32),
+    ],
+}  # fmt: skip
+
 
 @pytest.fixture(autouse=True)
 def no_gradients() -> Iterator[None]:
@@ -48,17 +68,18 @@ def no_gradients() -> Iterator[None]:
         yield
 
 
-def make(kind: str) -> Any:
-    """A model of one layer, in int8."""
+def make(kind: str, weights: Sequence[Weights] = (INT8,)) -> Any:
+    """A model of one layer, whose linear layers have these weights in turn."""
     torch.manual_seed(0)
     model_type, changes = KINDS[kind]
     config = transformers.AutoConfig.for_model(model_type, **(SIZES | {"pad_token_id": 0} | changes))
     model = transformers.AutoModel.from_config(config, dtype=torch.float32).eval()
     for parameter in model.parameters():
         nn.init.normal_(parameter, 1.0 if parameter.ndim == 1 else 0.0, 0.2)
-    for path, module in list(model.named_modules()):
-        if type(module) is nn.Linear:
-            model.set_submodule(path, QuantLinear(quantize_per_channel(module.weight), module.bias))
+    linears = [(path, module) for path, module in model.named_modules() if type(module) is nn.Linear]
+    for (path, module), (name, activations, group, rotation) in zip(linears, cycle(weights), strict=False):
+        weight = quantize_weight(module.weight, name, group_size=group, rotation=rotation)
+        model.set_submodule(path, QuantLinear(weight, module.bias, activations=activations))
     return model.requires_grad_(False)
 
 
@@ -78,8 +99,8 @@ def assert_close(got: Tensor, expected: Tensor) -> None:
 class Both:
     """A model's layer, called through its modules and through the kernel, each with a cache of its own."""
 
-    def __init__(self, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.model = make(kind)
+    def __init__(self, kind: str, monkeypatch: pytest.MonkeyPatch, weights: Sequence[Weights] = (INT8,)) -> None:
+        self.model = make(kind, weights)
         self.caches = [DynamicCache(config=self.model.config) for _ in range(2)]
         self.runs = 0
         run = FusedLayer.run
@@ -110,6 +131,29 @@ def test_a_prompt(kind: str, B: int, T: int, monkeypatch: pytest.MonkeyPatch) ->
     error = (got - expected).norm(dim=-1) / expected.norm(dim=-1)
     assert error.median() <= 1e-5, "no activation of most tokens is near the middle of a step"
     assert both.runs == 1
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("kind", ["qwen2", "glm"])
+def test_weights_of_every_kind(kind: str, weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    both = Both(kind, monkeypatch, WEIGHTS[weights])
+    for T in (1, 1, 2, 5, 17, 260):
+        got, expected = both(random(2, T, both.model.config.hidden_size))
+        assert_close(got, expected)
+        error = (got - expected).norm(dim=-1) / expected.norm(dim=-1)
+        assert error.median() <= 1e-5, "no activation of most tokens is near the middle of a step"
+    assert both.runs == 6
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_a_bad_token_meets_weights_of_every_kind(weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    both = Both("llama", monkeypatch, WEIGHTS[weights])
+    x = random(3, 1, 64)
+    x[1, 0, 3] = torch.nan
+    got, _ = both(x, cached=False)
+    assert got[1].isnan().all()
+    clean, _ = both(x.nan_to_num(), cached=False)
+    assert torch.equal(got[[0, 2]], clean[[0, 2]])
 
 
 @EVERY

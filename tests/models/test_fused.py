@@ -54,6 +54,12 @@ def close(got: Tensor, expected: Tensor) -> bool:
     return bool((got - expected).norm() <= 1e-2 * expected.norm())
 
 
+def divergence(reference: Tensor, candidate: Tensor) -> float:
+    """Mean KL(reference ‖ candidate) of the next token, nats."""
+    wanted, found = (each.double().log_softmax(-1) for each in (reference, candidate))
+    return float((wanted.exp() * (wanted - found)).sum(-1).mean())
+
+
 def by_modules(model: Any) -> Any:
     unfuse(model)
     return model
@@ -165,10 +171,16 @@ def test_what_the_kernel_cannot_do_the_modules_do(saved: Saved, runs: list[int])
     assert runs == [0, 1]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8-weight", "fp8"])
-def test_other_precisions_stay_as_they_are(saved: Saved, runs: list[int], precision: str) -> None:
-    logits(load(saved, precision=precision))
-    assert runs == []
+@pytest.mark.parametrize("precision", ["int8", "int8-weight", "int4", "nf4", "fp8"])
+def test_every_quantized_precision_has_its_kernel(saved: Saved, runs: list[int], precision: str) -> None:
+    model, original = load(saved, precision=precision), load(saved, precision="fp32")
+    fused = logits(model)
+    assert runs == [0, 1]
+    modules = logits(by_modules(model))
+    assert close(fused, modules)
+    reference = logits(original)
+    assert runs == [0, 1]
+    assert divergence(reference, fused) == pytest.approx(divergence(reference, modules), rel=0.05)
 
 
 def test_kept_layers_stay_in_modules(saved: Saved, runs: list[int]) -> None:
