@@ -24,6 +24,12 @@ CACHES = ("int8",)
 """What ``kv_cache`` can be, beside None."""
 
 
+def rounded(x: Tensor) -> Tensor:
+    """What int8 keeps of keys or values ``[B, G, T, D]``."""
+    codes, scales = ops.quantize_per_token(x.float())
+    return (codes.float() * scales).to(x.dtype)
+
+
 class Int8Layer(GrowingLayer):
     """A ``GrowingLayer`` of codes. ``keys`` and ``values`` are copies of what the codes stand for.
 
@@ -41,6 +47,8 @@ class Int8Layer(GrowingLayer):
                 "kv_cache='int8': no gradient passes through the cache; call the model with use_cache=False or "
                 "under torch.no_grad()"
             )
+        if not self._can_write(key_states, value_states):  # then what is returned does not come from the codes
+            key_states, value_states = rounded(key_states), rounded(value_states)
         return super().update(key_states, value_states, *args, **kwargs)
 
     def _adopted(self, tensor: Tensor | None) -> Held | None:
@@ -104,25 +112,38 @@ def use_int8_cache(model: transformers.PreTrainedModel) -> None:
     Raises:
         FewbitsError: If the model keeps no keys and values, or states of another kind.
     """
-    base = model.base_model
-    parameters = list(signature(base.forward).parameters)
-    if "past_key_values" not in parameters or not model._supports_default_dynamic_cache():
+    if not _has_cache(model):
         raise FewbitsError(
             f"kv_cache='int8': a model of type {model.config.model_type!r} has no cache of keys and values that could "
             "be quantized; leave it out"
         )
-    before = parameters.index("past_key_values")
-    base.register_forward_pre_hook(partial(_quantize_cache, before), with_kwargs=True)
+    for each in {model, model.base_model}:  # not every head calls the whole base model
+        before = _parameters(each).index("past_key_values")
+        each.register_forward_pre_hook(partial(_quantize_cache, before), with_kwargs=True)
+
+
+def _has_cache(model: transformers.PreTrainedModel) -> bool:
+    """Whether a model can go on from a DynamicCache: encoders have none, Mamba, RWKV and the like another state."""
+    config = model.config
+    decodes = config.is_encoder_decoder or getattr(config, "is_decoder", True)
+    if type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING and not decodes:
+        return False
+    takes = getattr(model, "_supports_default_dynamic_cache", lambda: True)  # a method of models that generate
+    return all("past_key_values" in _parameters(each) for each in (model, model.base_model)) and bool(takes())
+
+
+def _parameters(module: nn.Module) -> list[str]:
+    return list(signature(module.forward).parameters)
 
 
 def _quantize_cache(
-    before: int, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    before: int, base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Ahead of a model's forward: its cache in int8, made here where it would make one.
 
     Args:
         before: How many arguments stand before the cache.
-        base: The model without its head.
+        base: The model, with its head or without.
         args: Of the call.
         kwargs: Of the call.
     """
