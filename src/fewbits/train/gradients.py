@@ -20,7 +20,7 @@ class Culprit:
 
     Attributes:
         name: Of the parameter whose gradient it is, or ``loss``.
-        infinite: How many elements are ±Inf.
+        infinite: How many elements are ±Inf; on all processes together where the parameter is sharded.
         nan: How many are NaN.
     """
 
@@ -57,13 +57,21 @@ class Reading:
 @torch.no_grad()
 def read(gradients: dict[str, Tensor]) -> Reading:
     """Read all gradients once; float32, bfloat16 or float16."""
-    tensors = list(gradients.values())
+    return reading_of(list(gradients), gradient_stats(list(gradients.values())))
+
+
+@torch.no_grad()
+def gradient_stats(tensors: list[Tensor]) -> Tensor:
+    """Inf, NaN, largest finite magnitude and sum of squares of each: float64 ``[len(tensors), 4]``."""
     stats = kernels.gradient_stats(tensors, STATE_CODES)
-    if stats is None:
-        stats = torch.stack([gradient_stats_plain(tensor) for tensor in tensors])
+    return torch.stack([gradient_stats_plain(tensor) for tensor in tensors]) if stats is None else stats
+
+
+def reading_of(names: list[str], stats: Tensor) -> Reading:
+    """What the statistics of named gradients say."""
     rows = stats.tolist()
     culprits = tuple(
-        Culprit(name, int(row[0]), int(row[1])) for name, row in zip(gradients, rows, strict=True) if row[0] or row[1]
+        Culprit(name, int(row[0]), int(row[1])) for name, row in zip(names, rows, strict=True) if row[0] or row[1]
     )
     squares = 0.0
     for row in rows:  # in order: the norm is the same on every machine

@@ -100,11 +100,13 @@ class Operands:
         recipe: The formats.
         history: Of delayed scaling.
         observer: Sees all that is rounded.
+        holds_weights: Whether rounded weights are held until they change; else they are rounded at each use.
     """
 
     recipe: Recipe
     history: AmaxHistory
     observer: Observer | None = None
+    holds_weights: bool = True
 
     def __post_init__(self) -> None:
         self.dtype = DTYPES[self.recipe.results.name]
@@ -112,8 +114,11 @@ class Operands:
         self.both_ways = self.recipe.scaling in ("row", "block")
 
     def forget_weights(self) -> None:
-        """The weights have changed: round them again when they are next used."""
-        self._weights.clear()
+        """Let go of the copies of weights that have changed; those of frozen ones stay."""
+        for key, (weight, version, _) in list(self._weights.items()):
+            held = weight()
+            if held is None or held._version != version:
+                del self._weights[key]
 
     def replace_weight(self, weight: Tensor, rounded: Tensor) -> None:
         """The optimizer has made the copy of a weight while it updated it."""
@@ -142,7 +147,7 @@ class Operands:
                 rounded = self._round(source.t(), fmt, f"{name} weight", True).t()
             else:
                 rounded = self._round(source, fmt, f"{name} weight", True)
-        if rounded.data_ptr() != weight.data_ptr():
+        if self.holds_weights and rounded.data_ptr() != weight.data_ptr():
             self._weights[key] = (weakref.ref(weight), weight._version, rounded)
         return rounded
 

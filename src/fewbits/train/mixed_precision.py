@@ -7,6 +7,10 @@
     step = mp.step(max_grad_norm=1.0)       3  read once, unscaled, clipped, applied to the FP32 weights
 
 Several forward and backward passes before a step add their gradients up in FP32; divide the loss by their number.
+
+On several processes give the model as PyTorch's engine made it, the DDP module or one that ``fully_shard`` was called
+on, and an optimizer made after that. Processes skip a step together, clip by the norm of all gradients and have one
+loss scale; gradients are added up between them in FP32 (for ``fully_shard``: leave ``mp_policy`` out).
 """
 
 from __future__ import annotations
@@ -31,12 +35,14 @@ from fewbits.train.arguments import (
     check_state,
     kept_names,
 )
-from fewbits.train.gradients import Culprit, read
+from fewbits.train.gradients import Culprit, Reading, gradient_stats, reading_of
 from fewbits.train.lint import lint
 from fewbits.train.loss_scale import LossScale
 from fewbits.train.optimizer import AdamWSweep, TorchStep, Updater
 from fewbits.train.policy import Policy, linear_weights
+from fewbits.train.ranks import Ranks, unwrapped
 from fewbits.train.recipe import Recipe
+from fewbits.train.shards import local
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,7 @@ class MixedPrecision:
     cleared by ``step``.
 
     Args:
-        model: Its trained parameters are float32. Frozen ones may have any dtype.
+        model: Its trained parameters are float32. Frozen ones may have any dtype. Plain, DDP, or fully sharded.
         optimizer: Over parameters of the model. A ``torch.optim.AdamW`` on the CPU is done by one fused sweep, and so
             is any AdamW whose masters or states are not fp32; its ``param_groups`` are obeyed, its ``state`` stays
             empty and its step hooks are not called. Any other optimizer that needs no closure steps by itself.
@@ -72,22 +78,27 @@ class MixedPrecision:
 
     Raises:
         FewbitsError: A parameter in another dtype, nothing to train, an optimizer over other parameters or one that
-            needs a closure, a recipe that the optimizer cannot follow, a keep pattern that names nothing.
+            needs a closure, a recipe that the optimizer or the way of sharding cannot follow, a keep pattern that
+            names nothing.
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, recipe: str | Recipe = "bf16") -> None:
         self.recipe = Recipe.named(recipe)
         self.model, self.optimizer = model, optimizer
-        parameters = check_model(model)
+        self._bare = unwrapped(model)  # names and state dicts are the same on one process and on many
+        parameters = check_model(self._bare)
         check_optimizer(optimizer, parameters)
         sweeps = can_sweep(optimizer, self.recipe)
         lint(self.recipe, model, optimizer)
-        weights = linear_weights(model)
+        weights = linear_weights(self._bare)
         kept = kept_names(self.recipe, list(weights))
         self.policy = Policy(self.recipe, {id(weight): (name, name in kept) for name, weight in weights.items()})
         held = {id(param) for group in optimizer.param_groups for param in group["params"]}
         self._parameters = {name: param for name, param in parameters.items() if id(param) in held}
         self._others = [param for param in parameters.values() if id(param) not in held]
+        self._ranks = Ranks(model, self._parameters, self.recipe, weights)
+        if self._ranks.sharded:
+            self.policy.follow(self._bare)
         self._updater: Updater = (
             AdamWSweep(optimizer, parameters, self.recipe, self.policy)
             if sweeps
@@ -122,6 +133,12 @@ class MixedPrecision:
             raise FewbitsError("forward() is entered twice; leave the first `with mp.forward():` before the next")
         self._forwards += 1
         with self.policy.entered():
+            yield
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Run the model by the recipe inside this context, to look at its loss: it leaves no trace in the training."""
+        with self.policy.entered(), self.policy.history.untouched():
             yield
 
     def backward(self, loss: Tensor) -> None:
@@ -172,17 +189,24 @@ class MixedPrecision:
             raise FewbitsError(f"max_grad_norm={max_grad_norm!r}: a positive number is needed, or None")
         gradients = {name: param.grad for name, param in self._parameters.items() if param.grad is not None}
         check_gradients(gradients)
-        reading = read(gradients)
+        reading, bad_losses = self._read(gradients)
         scale, norm = self._scale.scale, reading.norm / self._scale.scale
-        culprits = (*self._bad_losses, *reading.culprits)
+        culprits = (*bad_losses, *reading.culprits)
         if not culprits:
             clip = 1.0 if max_grad_norm is None else min(1.0, max_grad_norm / (norm + 1e-6))
             self._updater.step(gradients, clip / scale)
-        if not self._bad_losses:  # a loss that is not finite says nothing about the scale of its gradients
+        if not bad_losses:  # a loss that is not finite says nothing about the scale of its gradients
             self._scale.update(reading.amax, reading.infinite, reading.nan)
-        self.policy.history.end_step(keep=not culprits)
+        self.policy.history.end_step(keep=not culprits, largest=None if self._ranks.alone else self._ranks.largest)
         self._clear()
         return Step(bool(culprits), scale, norm, culprits)
+
+    def _read(self, gradients: dict[str, Tensor]) -> tuple[Reading, tuple[Culprit, ...]]:
+        """What the gradients, and the losses that were not finite, tell; the same on all processes."""
+        stats = gradient_stats([local(gradient) for gradient in gradients.values()])
+        if self._ranks.alone:
+            return reading_of(list(gradients), stats), tuple(self._bad_losses)
+        return self._ranks.agree(list(gradients), stats, self._bad_losses)
 
     def _clear(self) -> None:
         for param in (*self._parameters.values(), *self._others):
@@ -203,7 +227,7 @@ class MixedPrecision:
         return {
             "version": 1,
             "recipe": self.recipe.to_json(),
-            "model": self.model.state_dict(),
+            "model": self._bare.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "masters": self._updater.state_dict(),
             "loss_scale": self._scale.state_dict(),
@@ -217,7 +241,7 @@ class MixedPrecision:
             FewbitsError: Another recipe, or not such a state dict.
         """
         check_state(state, self.recipe)
-        self.model.load_state_dict(state["model"])
+        self._bare.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self._updater.load_state_dict(state["masters"])
         self._scale.load_state_dict(state["loss_scale"])

@@ -15,6 +15,7 @@ from fewbits.train.adamw import Coefficients, Update, adamw
 from fewbits.train.matmul import Operands
 from fewbits.train.policy import Policy
 from fewbits.train.recipe import Recipe, is_eight_bit
+from fewbits.train.shards import is_sharded, local, named_for_all, saved_tensor, shard_index
 from fewbits.train.storage import Storage
 
 
@@ -44,6 +45,8 @@ class TorchStep:
             wide = gradient.float()
             self._parameters[name].grad = wide if factor == 1 else wide.mul_(factor)
         self._optimizer.step()
+        for name in gradients:  # some optimizers write through .data, which no version counts
+            torch.autograd.graph.increment_version(self._parameters[name])
         self._policy.forget_weights()
 
     def state_dict(self) -> dict[str, Any]:
@@ -66,27 +69,37 @@ class AdamWSweep:
     ) -> None:
         self._optimizer, self._recipe, self._policy = optimizer, recipe, policy
         names = {id(param): name for name, param in parameters.items()}
-        self._groups: list[tuple[dict[str, Any], list[str]]] = []
+        self._names: list[list[str]] = []  # of each group of the optimizer, whose loading replaces the groups
         self.storages: dict[str, Storage] = {}
+        self._sharded = {name: param for name, param in parameters.items() if is_sharded(param)}
         for group in optimizer.param_groups:
             members = [(names[id(param)], param) for param in group["params"] if param.requires_grad]
             for name, param in members:
-                self.storages[name] = Storage.of(len(self.storages), param, recipe.master, recipe.state)
+                self.storages[name] = self._storage(len(self.storages), param, len(parameters))
                 self._adopt(self.storages[name], optimizer.state.get(param, {}))
-            self._groups.append((group, [name for name, _ in members]))
+            self._names.append([name for name, _ in members])
+
+    def _storage(self, index: int, param: nn.Parameter, count: int) -> Storage:
+        if not is_sharded(param):
+            return Storage.of(index, param, self._recipe.master, self._recipe.state)
+        rows = nn.Parameter(local(param), requires_grad=False)
+        index += shard_index(param)[0] * count  # other random numbers for each shard
+        return Storage.of(index, rows, self._recipe.master, self._recipe.state, param.numel())
 
     @staticmethod
     def _adopt(storage: Storage, state: dict[str, Any]) -> None:
         """Go on from the moments that the optimizer already has."""
         if "exp_avg" in state and "exp_avg_sq" in state:
-            storage.keep_moments(state["exp_avg"].float(), state["exp_avg_sq"].float(), 0)
+            storage.keep_moments(local(state["exp_avg"]).float(), local(state["exp_avg_sq"]).float(), 0)
             storage.steps = int(state["step"])
 
     def step(self, gradients: dict[str, Tensor], factor: float) -> None:
         """One sweep over the parameters that have gradients."""
+        for name, param in self._sharded.items():
+            self.storages[name].param.data = local(param)  # FSDP may have moved it
         updates = [
-            self._update(self.storages[name], group, gradients[name], factor)
-            for group, names in self._groups
+            self._update(self.storages[name], group, local(gradients[name]), factor)
+            for group, names in zip(self._optimizer.param_groups, self._names, strict=True)
             for name in names
             if name in gradients
         ]
@@ -112,15 +125,19 @@ class AdamWSweep:
 
     def state_dict(self) -> dict[str, Any]:
         """Steps, moments and the rest of the masters, by parameter name."""
-        return {name: {"steps": held.steps, **held.tensors()} for name, held in self.storages.items()}
+        return {name: {"steps": held.steps, **self._tensors(name)} for name, held in self.storages.items()}
+
+    def _tensors(self, name: str) -> dict[str, Tensor]:
+        held, param = self.storages[name].tensors(), self._sharded.get(name)
+        return held if param is None else named_for_all(param, held)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Copy them back; the names must be those of the model."""
         for name, held in self.storages.items():
             saved = state[name]
             held.steps = saved["steps"]
-            for key, tensor in held.tensors().items():
-                tensor.copy_(saved[key])
+            for key, tensor in self._tensors(name).items():
+                local(tensor).copy_(local(saved_tensor(saved, name, key)))
         self._policy.forget_weights()
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -76,6 +77,20 @@ class Policy(TorchFunctionMode):
         self._observer: Observer | None = None
         self.active = False
 
+    def follow(self, model: nn.Module) -> None:
+        """Know the weights of a model by ``fully_shard`` in the forward pass, when they are whole but other tensors.
+
+        Their rounded copies are not held, which would be the whole model on each process.
+        """
+        self.operands.holds_weights = self.kept.holds_weights = False
+        for module in model.modules():
+            known = self._weights.get(id(module.weight)) if isinstance(module, nn.Linear) else None
+            if known is not None:
+                module.register_forward_pre_hook(partial(self._meet, known))
+
+    def _meet(self, known: tuple[str, bool], module: nn.Linear, _: Any) -> None:
+        self._weights[id(module.weight)] = known
+
     def observe(self, observer: Observer | None) -> None:
         """Show it every operand and result from now on; None ends that."""
         self._observer = self.operands.observer = self.kept.observer = observer
@@ -95,7 +110,7 @@ class Policy(TorchFunctionMode):
             self.active = False
 
     def forget_weights(self) -> None:
-        """The weights have changed: round them again when they are next used."""
+        """Let go of the rounded copies of weights that have changed; those of frozen ones stay."""
         self.operands.forget_weights()
         self.kept.forget_weights()
 

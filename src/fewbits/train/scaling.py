@@ -11,6 +11,9 @@ Letters: R rows; C columns, the features that the matmul adds up.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -97,12 +100,28 @@ class AmaxHistory:
         # A non-finite operand must not be hidden by a scale of the past.
         return amax if past is None else torch.where(amax.isfinite(), past.max(), amax)
 
-    def end_step(self, keep: bool) -> None:
-        """Move what was noted into the history; a step that is skipped leaves no trace."""
+    def end_step(self, keep: bool, largest: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None) -> None:
+        """Move what was noted into the history; a step that is skipped leaves no trace.
+
+        Args:
+            keep: Whether the step was not skipped.
+            largest: Gives the largest values of all processes, where there are several.
+        """
+        if keep and largest is not None:
+            self._now = largest(self._now)
         for key, amax in self._now.items() if keep else ():
             past = self._seen.get(key, amax.new_zeros(self.length))
             self._seen[key] = torch.cat([amax.reshape(1), past[:-1]])
         self._now.clear()
+
+    @contextmanager
+    def untouched(self) -> Iterator[None]:
+        """What is noted in this context is forgotten."""
+        now = dict(self._now)
+        try:
+            yield
+        finally:
+            self._now = now
 
     def state_dict(self) -> dict[str, Tensor]:
         """The history of each operand."""

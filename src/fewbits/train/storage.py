@@ -58,9 +58,17 @@ class Storage:
     steps: int = 0
 
     @classmethod
-    def of(cls, index: int, param: nn.Parameter, master: str, state: str) -> Storage:
-        """Zero moments beside a float32 parameter; its data become bfloat16 where the master is kept so."""
-        if param.ndim < 2 or param.numel() < _SMALL:
+    def of(cls, index: int, param: nn.Parameter, master: str, state: str, elements: int | None = None) -> Storage:
+        """Zero moments beside a float32 parameter; its data become bfloat16 where the master is kept so.
+
+        Args:
+            index: Its place among the parameters.
+            param: float32 [...].
+            master: fp32, split, kahan, stochastic.
+            state: fp32, bf16, 8bit.
+            elements: Of the whole parameter, where ``param`` is a shard: all processes decide alike what is small.
+        """
+        if param.ndim < 2 or (param.numel() if elements is None else elements) < _SMALL:
             master = state = "fp32"
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "8bit": torch.uint8}[state]
         scales = None
