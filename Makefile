@@ -12,7 +12,7 @@ BF16   := build/smollm2-bf16
 LLAMA  := build/llama-1.2b
 SOURCES := $(shell find src csrc -name '*.py' -o -name '*.cpp' -o -name '*.hpp')
 
-.PHONY: help demo test lint format bench bench-peers interop certify clean
+.PHONY: help demo test lint lint-page browser format bench bench-peers interop certify clean
 .DELETE_ON_ERROR:
 
 help:
@@ -24,12 +24,24 @@ demo: $(INT8)/config.json build/compare.txt
 	@echo 'What is the capital of France?'
 	@$(BIN)/fewbits generate $(INT8) "What is the capital of France?"
 
-# make lint   ruff, clang-format, mypy
-lint: .venv/dev
+# make lint   ruff, clang-format, mypy; Biome and tsc for the page of fewbits explore
+lint: .venv/dev lint-page
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/clang-format --dry-run --Werror $(shell find csrc -name '*.cpp' -o -name '*.hpp')
 	$(BIN)/mypy
+
+lint-page:
+	@if command -v npm > /dev/null; then $(MAKE) --no-print-directory node_modules/made && npm run --silent lint; \
+	else echo 'lint-page: npm is not installed, so the JavaScript of the explore page is not checked'; fi
+
+# make browser  install Chromium for the tests of the page, where apt-get may
+browser:
+	@if command -v chromium || command -v chromium-browser || command -v google-chrome; then true; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
+	  mkdir -p build; { apt-get update && apt-get install --yes --no-install-recommends chromium; } > build/browser.log 2>&1 || \
+	  echo 'browser: Chromium could not be installed, see build/browser.log; the tests of the page are skipped'; \
+	else echo 'browser: no Chromium, and no right to install it; the tests of the page are skipped'; fi
 
 # make format rewrite the sources in the project's format
 format: .venv/dev
@@ -37,7 +49,7 @@ format: .venv/dev
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(shell find csrc -name '*.cpp' -o -name '*.hpp')
 
-test: .venv/dev .venv/built build/triton/made $(MODEL)
+test: .venv/dev .venv/built build/triton/made browser $(MODEL)
 	FEWBITS_DEMO_MODEL="$(MODEL)" $(BIN)/python -m pytest
 
 # make bench  fewbits beside its peers, in one run
@@ -63,7 +75,7 @@ certify: .venv/built
 
 # make clean  remove everything that was made; the downloaded model stays in $(CACHE)
 clean:
-	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv build dist node_modules .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # The environment, in three steps, so that each is made once: tools to build with, the package, tools to develop with.
@@ -80,6 +92,11 @@ clean:
 
 .venv/dev: .venv/built
 	$(PIP) --group test --group lint
+	@touch $@
+
+# What checks the page's JavaScript, by its lock file.
+node_modules/made: package.json package-lock.json
+	npm ci --silent --no-audit --no-fund
 	@touch $@
 
 # The peers lie apart: transformers imports some of them wherever it finds them, at a price in time and warnings.

@@ -27,7 +27,7 @@ def main() -> None:
     keys = ("name", "kind", "exponents", "zeros", "largest")
     tokens = report["batch"] * report["length"]
     model = Path(report["model"]).name.removesuffix(".gguf")
-    what = f"Built in: gradients of {model}, {report['steps']} step of {tokens} tokens in fp32, seen by fewbits preflight"
+    what = f"Built in: gradients of {model}, {report['steps']} step of {tokens} tokens in fp32, by fewbits preflight"
     made = {"what": what, "modules": [{key: row[key] for key in keys} for row in rows]}
     OUT.write_text(json.dumps(made, separators=(",", ":")) + "\n")
     print(f"{OUT.name}: {len(rows)} histograms, {OUT.stat().st_size / 1e3:.0f} kB")

@@ -26,6 +26,7 @@ from fewbits.errors import FewbitsError
 
 _IMPORT = re.compile(r'^import (\{[^}]*\}) from "\./(\w+)\.js";\n', re.M)
 _EXPORT = re.compile(r"^export (?=(?:async )?(?:function|class|const|let) (\w+))", re.M)
+_DATA = '<script type="application/json" id="data">'
 _LEFT_OVER = re.compile(r"^(?:import|export)\b.*", re.M)
 
 
@@ -38,7 +39,7 @@ def page_html(data: dict[str, Any]) -> str:
     parts = {
         "<!-- policy -->": f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
         '<link rel="stylesheet" href="style.css">': f"<style>{_asset('style.css')}</style>",
-        '<script type="application/json" id="data"></script>': f'<script type="application/json" id="data">{text}</script>',
+        f"{_DATA}</script>": f"{_DATA}{text}</script>",
         '<script type="module" src="main.js"></script>': f"<script>{script}</script>",
     }
     html = _asset("index.html")

@@ -12,7 +12,7 @@ const COUNT = 32;
 const MOST = 100;
 const HEIGHT = 190;
 const STRIP = 84;
-const ZOOM = 3; // a strip shows −3 to 3: the ordinary values
+const ZOOM = 2; // a strip shows −2 to 2: the ordinary values
 const BLOCKS = ["mxfp8", "mxfp4", "nvfp4"];
 
 /** Ordinary weights: normally distributed, the same at every visit. */

@@ -96,8 +96,8 @@ function facts(value, kept, fmt) {
   fact("absolute error", absolute);
   fact("relative error", relative);
   fact("ULP here", finite(value) ? approximate(ulp(value, fmt), 4) : "–");
-  fact("next below", below ? approximate(below, 8) : "none");
-  fact("next above", above ? approximate(above, 8) : "none");
+  fact("next below", below ? approximate(below, 10) : "none");
+  fact("next above", above ? approximate(above, 10) : "none");
   return h(
     "div",
     { class: "told" },

@@ -9,6 +9,7 @@ import { toNumber } from "./rational.js";
 
 const NAMES = ["fp16", "bf16", "e4m3fn", "e5m2", "e2m1fn"];
 const ROW = 44;
+const APART = 3; // px between ticks, at least
 /** What the buttons show. @type {[string, number, number][]} */
 const PLACES = [
   ["−8 … 8", -8, 8],
@@ -140,6 +141,7 @@ function axis(height) {
             .toPrecision(12)
             .replace(/\.?0+$/, "");
     group.append(s("path", { d: `M${x(at)} 18V${height}`, class: Math.abs(at) < step / 2 ? "zero" : "" }));
+    if (x(at) < 20 || x(at) > view.width - 20) continue;
     group.append(s("text", { x: x(at), y: 12, "text-anchor": "middle" }, text.replace("-", "−")));
   }
   return group;
@@ -154,15 +156,18 @@ function row(fmt, top) {
   const base = top + 38;
   group.append(s("path", { class: "axis", d: `M0 ${base}H${view.width}` }));
   let ticks = "";
-  const first = position(all, view.low);
-  let at = first;
-  while (at < first + count) {
-    const left = Math.floor(x(all[at]));
-    const next = position(all, view.low + ((left + 1) / view.width) * (view.high - view.low));
-    const here = Math.max(next - at, 1);
-    if (here <= 1) ticks += `M${x(all[at]).toFixed(1)} ${base}v-18`;
-    else group.append(shade(left, base, here));
-    at += here;
+  let at = position(all, view.low);
+  const end = at + count;
+  while (at < end) {
+    const left = x(all[at]);
+    if (at + 1 >= all.length || x(all[at + 1]) - left >= APART) {
+      ticks += `M${left.toFixed(1)} ${base}v-18`;
+      at += 1;
+      continue;
+    }
+    const next = Math.min(position(all, all[at] + (APART / view.width) * (view.high - view.low)), all.length - 1);
+    group.append(shade(left, x(all[next]) - left, base, next - at));
+    at = next;
   }
   group.append(
     s("path", { class: "ticks", d: ticks || "M0 0" }),
@@ -171,10 +176,17 @@ function row(fmt, top) {
   return group;
 }
 
-/** A column one pixel wide that stands for so many values. @param {number} left @param {number} base @param {number} count */
-function shade(left, base, count) {
-  const weight = Math.min(0.35 + 0.13 * Math.log2(count), 1).toFixed(2);
-  return s("rect", { class: "dense", x: left, y: base - 18, width: 1.05, height: 18, opacity: weight });
+/** A column that stands for so many values. @param {number} left @param {number} width @param {number} base @param {number} count */
+function shade(left, width, base, count) {
+  const weight = Math.min(0.24 + 0.055 * Math.log2((count / width) * APART), 1).toFixed(2);
+  return s("rect", {
+    class: "dense",
+    x: left.toFixed(2),
+    y: base - 18,
+    width: width.toFixed(2),
+    height: 18,
+    opacity: weight,
+  });
 }
 
 /** All finite values, ascending; formats up to 16 bits. @param {Format} fmt */

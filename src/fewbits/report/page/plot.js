@@ -10,14 +10,14 @@ import { s } from "./dom.js";
  * @param {{ low: number, high: number, label: string, steps: number, ticks: readonly number[] }} axis
  */
 export function plot(width, height, lines, { low, high, label, steps, ticks }) {
-  const [left, right, top, bottom] = [46, 10, 12, 22];
+  const [left, right, top, bottom] = [52, 12, 12, 22];
   const x = (/** @type {number} */ step) => left + (step / Math.max(steps, 1)) * (width - left - right);
   const y = (/** @type {number} */ value) => top + ((high - value) / (high - low || 1)) * (height - top - bottom);
   const svg = s("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": label });
   const grid = s("g", { class: "grid" });
   for (const tick of ticks) {
     grid.append(s("path", { d: `M${left} ${y(tick)}H${width - right}` }));
-    grid.append(s("text", { x: left - 6, y: y(tick) + 4, "text-anchor": "end" }, String(Number(tick.toPrecision(6)))));
+    grid.append(s("text", { x: left - 6, y: y(tick) + 4, "text-anchor": "end" }, String(Number(tick.toPrecision(4)))));
   }
   for (const step of [0, steps / 2, steps]) {
     const anchor = step === steps ? "end" : step ? "middle" : "start";

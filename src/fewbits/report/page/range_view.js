@@ -34,7 +34,7 @@ function drawing(width, ends) {
   const names = width < 600 ? 84 : 104;
   const x = (/** @type {number} */ exponent) => {
     const inside = Math.min(Math.max(exponent, ends[0]), ends[1]);
-    return names + ((inside - ends[0]) / (ends[1] - ends[0])) * (width - names - 12);
+    return names + ((inside - ends[0]) / (ends[1] - ends[0])) * (width - names - 34);
   };
   let y = 22;
   const rows = [];
@@ -92,18 +92,6 @@ function row(of, x, y, height, plain) {
     const [low, high] = [x(of.block[0]), x(of.block[1])];
     group.append(s("rect", { class: "one-block", x: low, y: y - height, width: Math.max(high - low, 2), height }));
   }
-  const inside = right > x(Infinity) - 26;
-  group.append(
-    s(
-      "text",
-      {
-        x: inside ? right - 4 : right + 4,
-        y: inside && height > 12 ? y - height / 2 + 4 : y - 1,
-        class: inside ? "count inside" : "count",
-        "text-anchor": inside ? "end" : "start",
-      },
-      String(of.bits),
-    ),
-  );
+  group.append(s("text", { x: x(Infinity) + 8, y: y - 1, class: "count" }, String(of.bits)));
   return group;
 }

@@ -1,0 +1,107 @@
+"""What the page is made of: its data equals the catalog, and its modules are put together without losing any."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from fewbits.formats import Format, names
+from fewbits.formats.dialects import DIALECTS
+from fewbits.report import explore_page
+from fewbits.report.explore import GROUPS, MODELS, STORED, TRAININGS, page_data
+from fewbits.report.explore_page import bundle, page_html, write_page
+
+PAGE = Path(explore_page.__file__).parent / "page"
+
+
+def test_the_formats_are_those_of_the_catalog() -> None:
+    rows = json.loads(json.dumps(page_data()))["formats"]
+    assert [row["name"] for row in rows] == list(names())
+    for row in rows:
+        fmt = Format.named(row["name"])
+        for field in ("exponent_bits", "mantissa_bits", "bias", "signed", "has_subnormals", "narrow", "storage_bits"):
+            assert row[field] == getattr(fmt, field), (fmt.name, field)
+        assert (row["kind"], row["specials"]) == (fmt.kind, fmt.specials)
+        assert (tuple(row["codebook"]), tuple(row["aliases"])) == (fmt.codebook, fmt.aliases)
+        assert (row["block"] is None) == (fmt.block is None)
+        if fmt.block is not None:
+            assert row["block"] == asdict(fmt.block)
+
+
+def test_the_dialects_give_their_rules() -> None:
+    rows = page_data()["dialects"]
+    assert [row["name"] for row in rows] == [dialect.name for dialect in DIALECTS]
+    for row, dialect in zip(rows, DIALECTS, strict=True):
+        for name in names():
+            assert row["formats"].get(name, row["overflow"]) == dialect.rule(name)
+
+
+def test_the_scale_rules_are_those_that_a_format_allows() -> None:
+    rules = page_data()["scale_rules"]
+    assert set(rules) == {name for name in names() if Format.named(name).block is not None}
+    for name, allowed in rules.items():
+        assert [Format.named(name).scale_rule(rule) for rule in allowed] == allowed
+        assert allowed[0] == Format.named(name).scale_rule(None)
+
+
+def test_the_precisions_are_those_of_models() -> None:
+    from fewbits.models.precision import PRECISIONS
+
+    ours = {stored.name: stored for stored in STORED}
+    assert ours.keys() <= PRECISIONS.keys()
+    for name, stored in ours.items():
+        known = PRECISIONS[name]
+        right = (known.weights.name, known.group_size, known.cast)
+        assert (stored.weights, stored.group_size, stored.cast) == right, name
+
+
+def test_integer_groups_divide_as_tensors_quantized_does() -> None:
+    from fewbits.tensors import quantized
+
+    for group in GROUPS:
+        assert group.divisor == quantized._DIVISOR[group.name]
+        assert group.lowest == quantized._CODE_RANGE[group.name][0]
+
+
+def test_parameters_follow_from_the_shape() -> None:
+    known = {"SmolLM2-135M": 134_515_008, "Llama-3.2-1B": 1_235_814_400, "Llama-3.1-8B": 8_030_261_248}
+    found = {model.name: model.parameters for model in MODELS}
+    assert {name: found[name] for name in known} == known
+    assert [sum(size for _, size in training.parts) for training in TRAININGS[:3]] == [16, 18, 17]
+
+
+def test_every_module_is_in_the_page_once() -> None:
+    script = bundle("main")
+    modules = {path.stem for path in PAGE.glob("*.js")}
+    assert {name for name in modules if f"const module_{name} = " in script} == modules
+    assert all(script.count(f"const module_{name} = ") == 1 for name in modules)
+    html = page_html(page_data())
+    assert "src=" not in html.replace("default-src", "")
+    assert "default-src 'none'" in html
+
+
+def test_a_form_that_cannot_be_put_together_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "page").mkdir()
+    monkeypatch.setattr(explore_page, "files", lambda _: tmp_path)
+    for name, text in (("main", "export default 3;\n"), ("a", 'import { b } from "./b.js";\n')):
+        (tmp_path / f"page/{name}.js").write_text(text)
+    (tmp_path / "page/b.js").write_text('import { a } from "./a.js";\n')
+    with pytest.raises(AssertionError, match="export default"):
+        bundle("main")
+    with pytest.raises(AssertionError, match="a > b > a"):
+        bundle("a")
+
+
+def test_a_page_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "page.html"
+    write_page(path, "first")
+
+    def full(self: Path, target: Path) -> Path:
+        raise OSError(28, "No space left on device", str(target))
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_page(path, "second")
+    assert path.read_text() == "first"
+    assert list(tmp_path.iterdir()) == [path]
