@@ -175,7 +175,7 @@ def test_the_number_line_zooms(opened: Opened) -> None:
     page, said = opened.page, opened.page.locator("#line-said")
     assert "e2m1fn 15" in said.inner_text()
     page.get_by_role("button", name="256 … 512").click()
-    assert "fp16 1025, bf16 129, e4m3fn 13" in said.inner_text()
+    assert "fp16 1025, bf16 129, e4m3fn 7" in said.inner_text()
     page.locator("#line-chart").focus()
     page.keyboard.press("ArrowUp")
     assert "fp16 513, bf16 65" in said.inner_text()
@@ -203,7 +203,7 @@ def test_an_outlier_is_dragged_and_the_others_suffer(opened: Opened) -> None:
     opened.page.mouse.up()
     after = noise(opened)
     assert "value 7 of 32" in opened.page.locator("#block-said").inner_text()
-    assert float(chart.get_attribute("aria-valuenow")) > 30
+    assert float(chart.get_attribute("aria-valuenow")) > 20
     worse = {name: before[name] - after[name] for name in before}
     assert all(loss > 12 for name, loss in worse.items() if name != "mxfp8"), worse
     assert worse["mxfp8"] < 6, "floats of 4 exponent bits hardly notice"
@@ -234,7 +234,7 @@ def test_an_update_is_lost_without_master(opened: Opened) -> None:
 
 def test_the_loss_scale_moves_the_gradients(opened: Opened) -> None:
     page, shares = opened.page, opened.page.locator("#gradient-said")
-    assert "Loss scales from 2^7 to 2^17 work" in page.locator("#gradient-verdict").inner_text()
+    assert "Loss scales from 2⁷ to 2¹⁷ work" in page.locator("#gradient-verdict").inner_text()
     zero = float(re.match(r"([\d.]+) %", shares.inner_text())[1])
     page.locator("#loss-scale").fill("14")
     assert float(re.match(r"([\d.]+) %", shares.inner_text())[1]) < zero / 2
@@ -249,7 +249,7 @@ def test_a_preflight_file_is_read(opened: Opened, tmp_path: Path) -> None:
     file = tmp_path / "preflight.json"
     file.write_text(json.dumps({"format": "fp16", "modules": [row, row | {"kind": "weight"}]}))
     page.locator("#gradient-file").set_input_files(file)
-    assert "preflight.json: 1 histogram" in page.locator("#gradient-what").inner_text()
+    page.get_by_text("preflight.json: 1 histogram of gradients").wait_for(timeout=3000)
     assert "75.0 % becomes 0" in " ".join(page.locator("#gradient-said").inner_text().split())
     assert "2 gradients are 0 already" in page.locator("#gradient-verdict").inner_text()
     for text, why in (("no", "it is no JSON"), ("{}", "it has no modules"), ('{"modules": []}', "it has no gradients")):

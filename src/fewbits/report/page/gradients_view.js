@@ -2,6 +2,7 @@
 
 import { data, named } from "./data.js";
 import { byId, h, onWidth, s, select, slider } from "./dom.js";
+import { powerOfTwo } from "./literal.js";
 import { judge, scaleWindow, zones } from "./training.js";
 
 /** @typedef {import("./data.js").Histogram} Histogram */
@@ -30,7 +31,7 @@ export function start() {
     slider(
       "Loss scale",
       { min: 0, max: MOST, value: 0, id: "loss-scale" },
-      (power) => `2^${power}`,
+      (power) => powerOfTwo(power),
       (power) => {
         state.scale = power;
         draw();
@@ -38,7 +39,10 @@ export function start() {
     ),
   );
   const field = /** @type {HTMLInputElement} */ (byId("gradient-file"));
-  field.addEventListener("change", () => take(field.files?.[0]));
+  field.addEventListener("change", () => {
+    take(field.files?.[0]);
+    field.value = ""; // so that the same file, written anew, can be chosen again
+  });
   const drop = byId("gradient-drop");
   drop.addEventListener("dragover", (event) => event.preventDefault());
   drop.addEventListener("drop", (event) => {
@@ -57,7 +61,7 @@ async function take(file) {
   if (!file) return;
   try {
     const modules = gradientsOf(JSON.parse(await file.text()));
-    use(modules, `${file.name}: ${modules.length} histograms of gradients`);
+    use(modules, `${file.name}: ${modules.length} histogram${modules.length > 1 ? "s" : ""} of gradients`);
     byId("gradient-error").textContent = "";
   } catch (error) {
     const why = error instanceof SyntaxError ? "it is no JSON" : /** @type {Error} */ (error).message;
@@ -130,7 +134,7 @@ function draw() {
     ),
   );
   const window = works
-    ? `Loss scales from 2^${works[0]} to 2^${works[1]} work.`
+    ? `Loss scales from ${powerOfTwo(works[0])} to ${powerOfTwo(works[1])} work.`
     : "No loss scale works for all of them: what is large overflows before what is small is kept.";
   byId("gradient-verdict").textContent =
     `${window}${zeros ? ` ${zeros.toLocaleString("en")} gradients are 0 already.` : ""}`;
@@ -184,9 +188,7 @@ function histogram(counts) {
   }
   const grid = s("g", { class: "grid" });
   for (let power = -40; power <= 16; power += state.width < 500 ? 16 : 8) {
-    grid.append(
-      s("text", { x: x(power), y: HEIGHT - 6, "text-anchor": "middle" }, power ? `2^${power}`.replace("-", "−") : "1"),
-    );
+    grid.append(s("text", { x: x(power), y: HEIGHT - 6, "text-anchor": "middle" }, power ? powerOfTwo(power) : "1"));
   }
   svg.append(grid);
   return svg;

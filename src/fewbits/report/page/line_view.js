@@ -178,7 +178,7 @@ function row(fmt, top) {
 
 /** A column that stands for so many values. @param {number} left @param {number} width @param {number} base @param {number} count */
 function shade(left, width, base, count) {
-  const weight = Math.min(0.24 + 0.055 * Math.log2((count / width) * APART), 1).toFixed(2);
+  const weight = Math.min(0.2 + 0.08 * Math.log2((count / width) * APART), 1).toFixed(2);
   return s("rect", {
     class: "dense",
     x: left.toFixed(2),

@@ -96,13 +96,19 @@ function decimal(value) {
   return (value.n < 0n ? "−" : "") + digits.slice(0, cut) + (power ? `.${digits.slice(cut)}` : "");
 }
 
-/** An integer times a power of two: 5 × 2^−1074. @param {Rational} value in lowest terms, not zero */
+/** An integer times a power of two: 5 × 2⁻¹⁰⁷⁴. @param {Rational} value in lowest terms, not zero */
 function dyadic(value) {
   let [n, power] = [value.n, 1 - bitLength(value.d)];
   while (!(n & 1n)) [n, power] = [n >> 1n, power + 1];
   const long = abs({ n, d: 1n }).n.toString().length > 24;
   const whole = long ? `0x${abs({ n, d: 1n }).n.toString(16).toUpperCase()}` : abs({ n, d: 1n }).n.toString();
-  return `${n < 0n ? "−" : ""}${whole === "1" ? "" : `${whole} × `}2^${power}`.replace("^-", "^−");
+  return `${n < 0n ? "−" : ""}${whole === "1" ? "" : `${whole} × `}${powerOfTwo(power)}`;
+}
+
+/** 2⁻¹¹. @param {number} exponent */
+export function powerOfTwo(exponent) {
+  const digits = [...String(Math.abs(exponent))].map((digit) => "⁰¹²³⁴⁵⁶⁷⁸⁹"[Number(digit)]).join("");
+  return `2${exponent < 0 ? "⁻" : ""}${digits}`;
 }
 
 /**

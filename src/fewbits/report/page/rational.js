@@ -10,6 +10,8 @@ export const ZERO = { n: 0n, d: 1n };
 /** @type {Rational} */
 export const ONE = { n: 1n, d: 1n };
 
+const LARGEST_POWER = 1n << 1023n; // that a double holds
+
 /** @param {bigint | number} n @param {bigint | number} [d] @returns {Rational} */
 export function rational(n, d = 1n) {
   const [top, bottom] = [BigInt(n), BigInt(d)];
@@ -34,8 +36,10 @@ export function fromNumber(value) {
 
 /** The nearest double; beyond its range Infinity or 0. @param {Rational} a @returns {number} */
 export function toNumber(a) {
-  if (a.n === 0n) return 0;
+  if (a.n === 0n || a.d === 1n) return Number(a.n);
   const top = abs(a);
+  // Both are doubles exactly, so their quotient is rounded once.
+  if (top.n < 1n << 53n && a.d <= LARGEST_POWER && (a.d & (a.d - 1n)) === 0n) return Number(a.n) / Number(a.d);
   const exponent = floorLog2(top);
   const last = Math.max(exponent - 52, -1074); // the exponent of the double's last bit
   const scaled = div(top, twoTo(last));

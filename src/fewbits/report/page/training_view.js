@@ -2,6 +2,7 @@
 
 import { named } from "./data.js";
 import { byId, onWidth, select, slider, toggles } from "./dom.js";
+import { powerOfTwo } from "./literal.js";
 import { legend, plot } from "./plot.js";
 import { sumOfOnes, updates } from "./training.js";
 
@@ -106,7 +107,7 @@ function startUpdates() {
     slider(
       "Update",
       { min: -16, max: -3, value: state.update, id: "update-size" },
-      (power) => `2^${power}`.replace("-", "−"),
+      (power) => powerOfTwo(power),
       (power) => {
         state.update = power;
         draw();
