@@ -55,7 +55,7 @@ def numbers(fmt: Format) -> list[exact.Exact]:
         middles = [(a + b) / 2 for a, b in itertools.pairwise(levels)]
         return [*chosen, *levels, *middles, Fraction(-5), Fraction(7, 3)]
     codes = {0, 1, 2, 3, fmt.sign_bit // 2, fmt.max_code - 1, fmt.max_code, fmt.max_code + 1}
-    codes |= {draw.randrange(fmt.sign_bit) for _ in range(6)}
+    codes |= {draw.randrange(fmt.sign_bit) for _ in range(2)}
     for code in sorted(codes):
         low, high = fmt.magnitude(code), fmt.magnitude(code + 1)
         middle, little = (low + high) / 2, (high - low) / 1000
@@ -99,7 +99,7 @@ def test_every_rounding_and_overflow_encodes_as_exactly() -> None:
     answers = [(job["row"]["name"], *case, code) for job, codes in zip(jobs, run_page(*jobs), strict=True)
                for case, code in zip(job["cases"], codes, strict=True)]  # fmt: skip
     wrong = [(*answer, right) for answer, right in zip(answers, expected, strict=True) if answer[-1] != right]
-    assert len(answers) > 50_000
+    assert len(answers) > 30_000
     assert wrong == []
 
 
