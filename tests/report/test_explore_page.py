@@ -208,6 +208,9 @@ def test_an_outlier_is_dragged_and_the_others_suffer(opened: Opened) -> None:
     assert all(loss > 12 for name, loss in worse.items() if name != "mxfp8"), worse
     assert worse["mxfp8"] < 6, "floats of 4 exponent bits hardly notice"
     assert opened.page.locator(".strip[data-scheme='int4'] .measure.bad").count() == 1
+    opened.page.get_by_label("Scale of MX blocks").last.select_option("ceil")
+    assert noise(opened)["mxfp4"] < after["mxfp4"]
+    assert noise(opened)["nvfp4"] == after["nvfp4"]
     chart.focus()
     opened.page.keyboard.press("ArrowRight")
     opened.page.keyboard.press("ArrowUp")

@@ -1,18 +1,16 @@
 // 3. Blocks: 32 values that share scales. One is dragged up, the scale follows it, and the others lose their bits.
 
-import { store } from "./block.js";
 import { data, named } from "./data.js";
-import { byId, h, onWidth, s, slider } from "./dom.js";
-import { approximate, exactly, hexadecimal } from "./literal.js";
-import { fromNumber, toNumber } from "./rational.js";
+import { byId, h, onWidth, s, select, slider } from "./dom.js";
+import { approximate } from "./literal.js";
+import { fromNumber } from "./rational.js";
+import { strip } from "./strip_view.js";
 
 /** @typedef {import("./block.js").Scheme} Scheme */
 
 const COUNT = 32;
 const MOST = 100;
 const HEIGHT = 190;
-const STRIP = 84;
-const ZOOM = 2; // a strip shows −2 to 2: the ordinary values
 const BLOCKS = ["mxfp8", "mxfp4", "nvfp4"];
 
 /** Ordinary weights: normally distributed, the same at every visit. */
@@ -21,7 +19,13 @@ const ORDINARY = Array.from({ length: COUNT }, (_, index) => {
   return Math.round(Math.sqrt(-2 * Math.log(u + 0.004)) * Math.cos(2 * Math.PI * v) * 0.8 * 256) / 256;
 });
 
-const state = { values: [...ORDINARY], chosen: 6, width: 0 };
+const state = { values: [...ORDINARY], chosen: 6, width: 0, rule: "" };
+const RULE_TEXT = new Map([
+  ["floor", "floor: OCP MX, the largest may saturate"],
+  ["ceil", "ceil: nothing saturates"],
+  ["even", "even: rounded first"],
+  ["rceil", "rceil: cuBLAS, the smallest that fits"],
+]);
 
 /** @returns {Scheme[]} */
 function schemes() {
@@ -66,7 +70,13 @@ export function start() {
     };
     presets.append(h("button", { type: "button", class: "chip", onclick: click }, label));
   }
-  byId("block-controls").append(presets, control);
+  const rules = data.scale_rules[BLOCKS[0]].map((name) => /** @type {const} */ ([name, RULE_TEXT.get(name) ?? name]));
+  state.rule = rules[0][0];
+  const rule = select("Scale of MX blocks", rules, state.rule, (value) => {
+    state.rule = value;
+    draw();
+  });
+  byId("block-controls").append(presets, control, rule);
   chart.addEventListener("pointerdown", (event) => grab(chart, event));
   chart.addEventListener("keydown", keys);
   onWidth(chart, (width) => {
@@ -131,7 +141,7 @@ function draw() {
   field.value = String(Math.round(scaled(value) * 100));
   const output = field.parentElement?.querySelector("output");
   if (output) output.textContent = approximate(fromNumber(value), 4);
-  byId("block-strips").replaceChildren(...schemes().map(strip));
+  byId("block-strips").replaceChildren(...schemes().map((scheme) => strip(scheme, state)));
 }
 
 function bars() {
@@ -155,112 +165,4 @@ function bars() {
     svg.append(s("rect", { ...shape, rx: 1.5, class: index === state.chosen ? "bar chosen" : "bar" }));
   });
   return svg;
-}
-
-/** One scheme: its scales, the values kept over the original ones, the codes and the error. @param {Scheme} scheme */
-function strip(scheme) {
-  const stored = store(state.values.map(fromNumber), scheme);
-  const kept = stored.blocks.flatMap((block) => block.values.map(toNumber));
-  const codes = stored.blocks.flatMap((block) => block.codes);
-  const scales = stored.blocks.map(
-    (block) => `${approximate(block.scale, 4)} (${hexadecimal(block.scaleCode, scheme.scale)})`,
-  );
-  const { signal, zeros } = quality(kept);
-  const own = `${approximate(fromNumber(kept[state.chosen]), 5)}, code ${hexadecimal(codes[state.chosen], scheme.element)}`;
-  const list = h("div", { class: "codes" });
-  codes.forEach((code, index) => {
-    const text = hexadecimal(code, scheme.element).slice(2);
-    list.append(
-      h(
-        "code",
-        { class: index === state.chosen ? "chosen" : kept[index] === 0 && state.values[index] !== 0 ? "gone" : "" },
-        text,
-      ),
-    );
-  });
-  const scaleName = `${scales.length > 1 ? "scales" : "scale"} in ${scheme.scale.name}`;
-  return h(
-    "article",
-    { class: "strip", "data-scheme": scheme.element.name, "aria-label": scheme.name },
-    h(
-      "header",
-      {},
-      h("h3", {}, scheme.name),
-      h("span", { class: "measure" }, signal),
-      h("span", { class: zeros ? "measure bad" : "measure" }, `${zeros} became 0`),
-    ),
-    picture(
-      stored.blocks.map((block) => toNumber(block.scale)),
-      kept,
-      scheme,
-    ),
-    h(
-      "p",
-      { class: "note" },
-      `${scaleName}: ${scales.join(", ")}`,
-      scheme.tensorScale
-        ? `; of the tensor, in ${scheme.tensorScale.name}: ${exactly(stored.tensor).split(" = ")[0]}`
-        : "",
-      `. The chosen value: ${own}.`,
-    ),
-    list,
-  );
-}
-
-/** Signal to noise of the values but the chosen one, and how many became zero. @param {number[]} kept */
-function quality(kept) {
-  let [power, noise, zeros] = [0, 0, 0];
-  state.values.forEach((value, index) => {
-    if (index === state.chosen) return;
-    power += value * value;
-    noise += (kept[index] - value) ** 2;
-    zeros += Number(kept[index] === 0 && value !== 0);
-  });
-  const signal = noise === 0 ? "exact" : `the other 31: ${(10 * Math.log10(power / noise)).toFixed(1)} dB SQNR`;
-  return { signal, zeros };
-}
-
-/** @param {number[]} scales @param {number[]} kept @param {Scheme} scheme */
-function picture(scales, kept, scheme) {
-  const width = state.width;
-  const [step, middle] = [width / COUNT, STRIP / 2];
-  const y = (/** @type {number} */ value) => middle - (Math.min(Math.max(value, -ZOOM), ZOOM) / ZOOM) * (middle - 4);
-  const svg = s("svg", { width, height: STRIP, "aria-hidden": "true" });
-  scales.forEach((scale, block) => {
-    svg.append(levels(scale, scheme, block * scheme.size * step, scheme.size * step, y));
-  });
-  svg.append(s("path", { class: "axis", d: `M0 ${middle}H${width}` }));
-  kept.forEach((value, index) => {
-    const original = state.values[index];
-    const x = index * step + step * 0.18;
-    const bar = (/** @type {number} */ of) => ({
-      x,
-      y: Math.min(y(of), middle),
-      width: step * 0.64,
-      height: Math.abs(y(of) - middle),
-    });
-    svg.append(s("rect", { class: "original", ...bar(original) }));
-    svg.append(s("rect", { class: index === state.chosen ? "kept chosen" : "kept", ...bar(value) }));
-    const lost = Math.abs(y(original) - y(value));
-    if (lost > 0.5)
-      svg.append(
-        s("rect", { class: "error", x, y: Math.min(y(original), y(value)), width: step * 0.64, height: lost }),
-      );
-  });
-  return svg;
-}
-
-/** The values that this scale can give, as faint lines where they are apart. @param {number} scale @param {Scheme} scheme
- * @param {number} left @param {number} width @param {(value: number) => number} y */
-function levels(scale, scheme, left, width, y) {
-  let lines = "";
-  let last = Number.NaN;
-  const most = Number(scheme.element.maxCode);
-  for (let code = 0; code <= most; code++) {
-    const value = toNumber(scheme.element.magnitude(BigInt(code))) * scale;
-    if (value > ZOOM || Math.abs(y(value) - last) < 2.5) continue;
-    last = y(value);
-    lines += `M${left} ${last.toFixed(1)}h${width}M${left} ${y(-value).toFixed(1)}h${width}`;
-  }
-  return s("path", { class: "levels", d: lines || "M0 0" });
 }

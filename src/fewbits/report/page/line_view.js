@@ -120,6 +120,8 @@ function draw() {
   chart.append(axis(height));
   chart.append(...names.map((name, index) => row(named(name), 28 + index * ROW)));
   byId("line-chart").replaceChildren(chart);
+  byId("line-chart").setAttribute("aria-valuenow", String((view.low + view.high) / 2));
+  byId("line-chart").setAttribute("aria-valuetext", `from ${view.low} to ${view.high}`);
   byId("line-said").textContent = names
     .map((name) => `${name} ${between(listed(named(name)), view.low, view.high)}`)
     .join(", ");
