@@ -82,5 +82,5 @@ def test_what_is_not_finite_is_refused_by_channel(bad: float) -> None:
 def test_the_kernel_is_used_where_there_is_one() -> None:
     w = wide(8, 64, torch.bfloat16)
     codes, scales = torch.empty(8, 64, dtype=torch.int8), torch.empty(8, 1)
-    options = {"group_size": 64, "divisor": 127.0, "lowest": -127, "largest": 127, "packed": False}
+    options = {"group_size": 64, "rotation": 0, "divisor": 127.0, "lowest": -127, "largest": 127, "packed": False}
     assert weight.quantize_weight(w, codes, scales, **options) == native.status().loaded

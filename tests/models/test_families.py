@@ -22,7 +22,7 @@ EVERY = pytest.mark.parametrize("name", FAMILIES)
 WEIGHTS = "model.safetensors"
 EPS = torch.finfo(torch.float32).eps
 
-BOUNDS = {"int8": 0.06, "int8-weight": 0.05, "int4": 0.45, "fp8": 0.2}
+BOUNDS = {"int8": 0.065, "int8-weight": 0.05, "int4": 0.45, "fp8": 0.2}
 """Largest error of the output as a whole, relative to it: two layers of random weights add little to one."""
 
 

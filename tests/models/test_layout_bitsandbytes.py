@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from fewbits.tensors.quantized import QuantizedTensor, quantize_weight
 PEER = Path(__file__).with_name("peer_bitsandbytes.py")
 PEERS = Path(__file__).parents[2] / "build" / "peers"
 IDS = torch.arange(3, 67).view(2, 32)
-load = fewbits.AutoModelForCausalLM.from_pretrained
+load = partial(fewbits.AutoModelForCausalLM.from_pretrained, rotate=False)  # codes as they are stored
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),

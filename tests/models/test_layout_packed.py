@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +32,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], int]] = {  # the last is the group 
     "qwen2, biases, tied, float32": ("qwen2", {"tie_word_embeddings": True, "dtype": torch.float32}, 32),
     "qwen3, odd sizes": ("qwen3", {"intermediate_size": 97, "dtype": torch.float16}, 64),
 }
-load = fewbits.AutoModelForCausalLM.from_pretrained
+load = partial(fewbits.AutoModelForCausalLM.from_pretrained, rotate=False)  # codes as they are stored
 
 
 class Saved(NamedTuple):

@@ -58,7 +58,10 @@ def test_pipelines(saved: Saved) -> None:
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
-def test_push_to_hub(saved: Saved, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, precision: str) -> None:
+@pytest.mark.parametrize("rotate", [True, False])
+def test_push_to_hub(
+    saved: Saved, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, precision: str, rotate: bool
+) -> None:
     pushed: dict[str, bytes] = {}
 
     def commit(self: Any, repo_id: str, operations: Any, **_: Any) -> None:
@@ -76,13 +79,14 @@ def test_push_to_hub(saved: Saved, monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     monkeypatch.setattr(huggingface_hub.ModelCard, "load", no_card)
     monkeypatch.setattr(huggingface_hub.HfApi, "create_commit", commit)
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", create)
-    model = load(saved("llama"), precision=precision)
+    model = load(saved("llama"), precision=precision, rotate=rotate)
     model.push_to_hub("someone/model")
     assert {"config.json", "generation_config.json", "model.safetensors"} <= pushed.keys()
     for name, content in pushed.items():
         (tmp_path / name).write_bytes(content)
-    assert json.loads(pushed["config.json"])["quantization_config"]["quant_method"] == "compressed-tensors"
-    assert torch.equal(output("llama", load(tmp_path)), output("llama", model))
+    method = "compressed-tensors" if not rotate else "fewbits"  # rotated weights are for who rotates
+    assert json.loads(pushed["config.json"])["quantization_config"]["quant_method"] == method
+    assert torch.equal(output("llama", load(tmp_path, rotate=rotate)), output("llama", model))
 
 
 def test_shards(saved: Saved, tmp_path: Path) -> None:

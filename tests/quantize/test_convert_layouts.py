@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from itertools import permutations
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from fewbits.models.source import open_source
 
 IDS = torch.arange(3, 67).view(2, 32)
 LAYOUTS = [(name, precision) for name, layout in FOLDER_LAYOUTS.items() for precision in layout.WRITES]
-load = fewbits.AutoModelForCausalLM.from_pretrained
+load = partial(fewbits.AutoModelForCausalLM.from_pretrained, rotate=False)  # codes as they are stored
 
 
 def logits(model: torch.nn.Module) -> torch.Tensor:

@@ -29,6 +29,10 @@ def convert(
         bool,
         typer.Option("--rotate", help="Rotate weights first: int8 and int4 are more accurate; only fewbits reads it."),
     ] = False,
+    method: Annotated[
+        str | None, typer.Option(help="How codes are found: absmax (the usual), mse (least error), gptq (on text).")
+    ] = None,
+    calibrate: Annotated[Path | None, typer.Option(help="UTF-8 text for gptq; without it, a built-in one.")] = None,
     overflow: Annotated[
         str | None,
         typer.Option(help="Beyond a cast's range: saturate or ieee (Inf); without it, the format's own rule."),
@@ -53,7 +57,8 @@ def convert(
         with progress_bar("converting", in_bytes=True) as step, warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always", OverflowWarning)
             done = run(
-                model, out, to, layout=layout, keep=keep or (), rotate=rotate, overflow=overflow, allow_nonfinite=allow_nonfinite,
+                model, out, to, layout=layout, keep=keep or (), rotate=rotate, method=method, calibrate=calibrate,
+                overflow=overflow, allow_nonfinite=allow_nonfinite,
                 overwrite=overwrite, revision=revision, trust_remote_code=trust_remote_code, progress=step,
                 on_manifest=lambda rows: console.print(manifest_table(rows)),
             )  # fmt: skip

@@ -49,8 +49,9 @@ def quantize_weight(
     weight = weight.detach().contiguous()
     exact = scales if scales.dtype == torch.float32 else scales.float()
     bad = native.module().quantize_weight(
-        weight.data_ptr(), *weight.shape, group_size, rotation, weight.dtype == torch.bfloat16, scales.dtype == torch.bfloat16,
-        packed, divisor, lowest, largest, codes.data_ptr(), exact.data_ptr(), threads or torch.get_num_threads(),
+        weight.data_ptr(), *weight.shape, group_size, rotation, weight.dtype == torch.bfloat16,
+        scales.dtype == torch.bfloat16, packed, divisor, lowest, largest, codes.data_ptr(), exact.data_ptr(),
+        threads or torch.get_num_threads(),
     )  # fmt: skip
     if bad:
         return False

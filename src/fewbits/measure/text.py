@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from fewbits.errors import FewbitsError
-from fewbits.models.text import read_text
+from fewbits.models.text import built_in_text, read_text
 
 WINDOWS = 8
 WINDOW_TOKENS = 512
@@ -21,17 +21,6 @@ _BUILT_IN_START = 20_000  # past the first topics, which are mostly grammar tabl
 
 Tokenizer = Callable[..., Mapping[str, Any]]
 """A transformers tokenizer, or anything that is called like one and returns `input_ids`."""
-
-
-def built_in_text() -> str:
-    """The topics of Python's own help, sorted by key and joined by single spaces: English prose and code.
-
-    It needs no download and no licence beyond Python's. It differs slightly between Python versions, so figures
-    are comparable under one Python version only (`text_name` says which).
-    """
-    from pydoc_data.topics import topics
-
-    return " ".join(topics[key] for key in sorted(topics))
 
 
 def text_name(text: str | Path | None = None) -> str:

@@ -1,4 +1,4 @@
-"""A text that a user gives as a file: UTF-8, and not empty."""
+"""Texts: the built-in one that every machine has, and what a user gives as a file."""
 
 from __future__ import annotations
 
@@ -28,3 +28,14 @@ def read_text(path: Path) -> str:
             f"text file {path} is empty ({len(data)} bytes): give a text of at least one window of tokens"
         )
     return content
+
+
+def built_in_text() -> str:
+    """The topics of Python's own help, sorted by key and joined by single spaces: English prose and code.
+
+    It needs no download and no licence beyond Python's. It differs slightly between Python versions, so figures
+    are comparable under one Python version only (`text_name` says which).
+    """
+    from pydoc_data.topics import topics
+
+    return " ".join(topics[key] for key in sorted(topics))

@@ -13,6 +13,8 @@ from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 
+from transformers.core_model_loading import dot_natural_key
+
 from fewbits.errors import FewbitsError, OverflowWarning
 from fewbits.models.architecture import auto_class_of, empty_model
 from fewbits.models.filling import Progress
@@ -27,12 +29,15 @@ from fewbits.models.resumable import fingerprint
 from fewbits.models.source import Source, open_source
 from fewbits.models.staging import MARK, staged_folder
 from fewbits.models.stored_dtype import nominal_dtype
+from fewbits.models.text import read_text
+from fewbits.quantize.calibrate import WINDOW_TOKENS, Calibration, calibration_windows
 from fewbits.quantize.conversion import Conversion, told_rounding
 from fewbits.quantize.folder_job import FolderJob
 from fewbits.quantize.to_gguf import convert_to_gguf
 from fewbits.tensors.cast_report import CastReport
 
 GGUF = "gguf"
+METHODS = ("absmax", "mse", "gptq")
 
 
 def convert(
@@ -43,12 +48,15 @@ def convert(
     layout: str = "compressed-tensors",
     keep: Sequence[str] = (),
     rotate: bool = False,
+    method: str | None = None,
+    calibrate: str | os.PathLike[str] | None = None,
     overflow: str | None = None,
     allow_nonfinite: bool = False,
     overwrite: bool = False,
     revision: str | None = None,
     trust_remote_code: bool = False,
     on_manifest: Callable[[Sequence[ManifestRow]], None] | None = None,
+    on_block: Callable[[int, int], None] | None = None,
     progress: Progress | None = None,
 ) -> Conversion:
     """Write a model in another precision.
@@ -62,6 +70,9 @@ def convert(
         keep: Patterns of module names that are not quantized (``*`` matches anything).
         rotate: Rotate weights before they are quantized, which makes int8 and int4 several times as accurate; only
             fewbits reads such a folder. Without it, fewbits rotates the weights of int8 when it loads them.
+        method: How codes and scales are found: ``absmax``, the usual one: nothing is clipped; ``mse``: scales with the
+            least squared error; ``gptq``: what layers give on some text is kept, rather than their weights.
+        calibrate: A UTF-8 file with that text, which makes the method gptq; None: a built-in one.
         overflow: What a cast does with values beyond the new format: ``saturate`` writes its largest number, ``ieee``
             Inf; None: Inf where the format has it, else its largest number. Such tensors are warned of by name.
         allow_nonfinite: Write NaN and Inf of the source as they are, in tensors that are not quantized.
@@ -69,6 +80,7 @@ def convert(
         revision: Branch, tag or commit of a Hub id.
         trust_remote_code: Run the model's own code, where transformers does not know its type.
         on_manifest: Called with the manifest before any work.
+        on_block: Called with blocks calibrated and blocks in all.
         progress: Called with bytes written and bytes in all.
 
     Raises:
@@ -79,12 +91,14 @@ def convert(
     """
     out = Path(out)
     if layout == GGUF:
-        _refuse_for_gguf(to, keep, rotate, overflow)
+        _refuse_for_gguf(to, keep, rotate, method or calibrate, overflow)
         opened = as_weights(open_source(source, revision=revision, trust_remote_code=trust_remote_code))
         return convert_to_gguf(opened, out, to, overwrite=overwrite, on_manifest=on_manifest, progress=progress)
     precision = replace(precision_named(to), rotated=rotate)
     if layout not in FOLDER_LAYOUTS:
         raise FewbitsError(f"layout {layout!r} is unknown; known: {', '.join([*FOLDER_LAYOUTS, GGUF])}")
+    method = method or ("absmax" if calibrate is None else "gptq")
+    _check_method(precision, method, calibrate)
     _check_options(precision, layout, keep, overflow)
     _check_rotation(precision, layout)
     opened = as_weights(open_source(source, revision=revision, trust_remote_code=trust_remote_code))
@@ -102,10 +116,25 @@ def convert(
     tokenizer = opened.tokenizer() if _has_tokenizer(opened) else None
     nbytes = sum(row.nbytes for row in manifest)
     layout_module = FOLDER_LAYOUTS[layout]
-    job = FolderJob(opened, layout_module, precision, dtype, manifest, places, weights, overflow, allow_nonfinite)
+    calibration = None
+    if method == "gptq":
+        if tokenizer is None:
+            raise FewbitsError(f"method='gptq': {opened.path} has no tokenizer to read text with; use 'mse'")
+        manifest.sort(key=lambda row: dot_natural_key(row.tensor))  # block after block
+        quantized = {row.tensor: weights[row.tensor] for row in manifest if row.reason is None}
+        windows = calibration_windows(tokenizer, None if calibrate is None else Path(calibrate), _context(opened))
+        calibration = Calibration(
+            opened, model, places, quantized, precision, layout_module.SCALES or dtype, windows, on_block
+        )
+    job = FolderJob(
+        opened, layout_module, precision, dtype, manifest, places, weights, overflow, allow_nonfinite, method,
+        calibration,
+    )  # fmt: skip
     work = fingerprint(
-        opened, to=to, layout=layout, keep=[*keep], rotate=rotate, overflow=overflow, nonfinite=allow_nonfinite
-    )
+        opened, to=to, layout=layout, keep=[*keep], rotate=rotate, method=method,
+        calibrate=None if calibrate is None else read_text(Path(calibrate)),
+        overflow=overflow, nonfinite=allow_nonfinite,
+    )  # fmt: skip
     with staged_folder(out, overwrite=overwrite, nbytes=nbytes, fingerprint=work) as folder:
         if on_manifest is not None:
             on_manifest(manifest)
@@ -120,8 +149,10 @@ def convert(
     return Conversion(out, to, nbytes, tuple(manifest), tuple(casts), rounding)
 
 
-def _refuse_for_gguf(to: str, keep: Sequence[str], rotate: bool, overflow: str | None) -> None:
+def _refuse_for_gguf(to: str, keep: Sequence[str], rotate: bool, method: object, overflow: str | None) -> None:
     gguf_type(to)
+    if method is not None:
+        raise FewbitsError("method: GGUF types have one way to find their codes; leave --method and --calibrate out")
     if rotate:
         raise FewbitsError("rotate: the layout gguf cannot say it; leave --rotate or --layout out")
     if keep:
@@ -141,6 +172,20 @@ def _check_options(precision: Precision, layout: str, keep: Sequence[str], overf
     if overflow is not None and not precision.cast:
         raise FewbitsError(f"overflow={overflow!r} is of casts, and {precision.name} has scales: leave it out")
     precision.weights.overflow_rule(overflow)
+
+
+def _check_method(precision: Precision, method: str, calibrate: object) -> None:
+    if method not in METHODS:
+        raise FewbitsError(f"method {method!r} is unknown; known: {', '.join(METHODS)}")
+    if precision.cast and method != "absmax":
+        raise FewbitsError(f"method={method!r}: a cast to {precision.name} has no scales to find; leave it out")
+    if calibrate is not None and method != "gptq":
+        raise FewbitsError(f"calibrate: {method} reads no text, gptq does; leave --calibrate or --method out")
+
+
+def _context(source: Source) -> int:
+    """The tokens that a model can read at once."""
+    return int(getattr(source.config, "max_position_embeddings", None) or WINDOW_TOKENS)
 
 
 def _check_rotation(precision: Precision, layout: str) -> None:

@@ -30,6 +30,8 @@ from fewbits.models.quantized_source import QuantizedSource
 from fewbits.models.resumable import Resumable
 from fewbits.models.safetensors_writer import SafetensorsWriter
 from fewbits.models.source import Source
+from fewbits.quantize.calibrate import Calibration
+from fewbits.quantize.least_error import least_error
 from fewbits.tensors.cast_report import CastReport, cast_and_report
 from fewbits.tensors.quantized import QuantizedTensor, quantize_weight
 
@@ -51,6 +53,8 @@ class FolderJob:
         weights: Of each tensor that is a quantizable weight, what it is.
         overflow: What a cast does with values beyond the format; None: the format's own rule.
         allow_nonfinite: Whether NaN and Inf may be written where the source has them.
+        method: How codes and scales are found; see ``convert``.
+        calibration: What gives the weights of blocks, with gptq.
     """
 
     source: Source
@@ -62,6 +66,8 @@ class FolderJob:
     weights: Mapping[str, Weight]
     overflow: str | None
     allow_nonfinite: bool
+    method: str = "absmax"
+    calibration: Calibration | None = None
 
     def write_config(self, model: transformers.PreTrainedModel, folder: Path) -> None:
         """Write what transformers reads before it reads weights."""
@@ -145,7 +151,7 @@ class FolderJob:
 
     def _is_taken_over(self, name: str) -> bool:
         """Whether codes and scales are written as they are read."""
-        if not isinstance(self.source, QuantizedSource) or name not in self.source.weights:
+        if not isinstance(self.source, QuantizedSource) or name not in self.source.weights or self.method != "absmax":
             return False
         stored, wanted = self.source.precision, self.precision
         return stored.stores_as(wanted)
@@ -161,11 +167,13 @@ class FolderJob:
         if isinstance(self.source, QuantizedSource) and self._is_taken_over(name):
             weight = self.source.read_quantized(name)
             return replace(weight, scales=weight.scales.to(dtype))
+        if self.calibration is not None and self.calibration.holds(name):
+            return self.calibration.take(name)
         tensor = self.source.read(name)
         rows = tensor if self._comes_as_rows(name) else self.weights[name].as_rows(tensor)
         *lead, K = rows.shape
         try:
-            made = quantize_weight(
+            made = (quantize_weight if self.method == "absmax" else least_error)(
                 rows.reshape(-1, K),
                 self.precision.weights.name,
                 group_size=self.precision.group_size,

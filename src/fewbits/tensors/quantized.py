@@ -148,7 +148,7 @@ def quantize_weight(
         rows = rotate(rows, rotation) if rotation else rows
         scales[start:stop] = _scales(rows.view(len(rows), G, -1), format_name, scale_dtype, start)
         steps = scales[start:stop].float().repeat_interleave(K // G, 1) if G > 1 else scales[start:stop].float()
-        codes[start:stop] = _encode(rows / steps, format_name)
+        codes[start:stop] = encode_scaled(rows / steps, format_name)
     return QuantizedTensor(codes, scales, format_name, rotation)
 
 
@@ -178,7 +178,7 @@ def _scales(groups: Tensor, format_name: str, scale_dtype: torch.dtype, first_ro
     if not amax.isfinite().all():
         channel = first_row + int((~amax.isfinite()).nonzero()[0, 0])
         raise FewbitsError(f"weight: NaN or Inf in output channel {channel}; repair the checkpoint or keep the layer")
-    scales = _round_up(amax / _DIVISOR[format_name], scale_dtype)
+    scales = step_for(amax, format_name, scale_dtype)
     if not scales.isfinite().all():
         row, group = (int(index) for index in (~scales.isfinite()).nonzero()[0])
         raise FewbitsError(
@@ -189,17 +189,35 @@ def _scales(groups: Tensor, format_name: str, scale_dtype: torch.dtype, first_ro
     return scales
 
 
-def _encode(scaled: Tensor, format_name: str) -> Tensor:
-    """Codes of weights that are divided by their scales already."""
-    if format_name == "int8":
-        return torch.round(scaled).clamp_(*_CODE_RANGE["int8"]).to(torch.int8)
+def encode_scaled(scaled: Tensor, format_name: str) -> Tensor:
+    """The nearest codes ``[N, K]`` (packed in pairs for 4 bits) of weights that are divided by their scales already."""
     if format_name == "e4m3fn":
-        return scaled.to(torch.float8_e4m3fn)  # |scaled| ≤ 448: nothing overflows
+        return nearest_values(scaled, format_name).to(torch.float8_e4m3fn)
+    if format_name == "int8":
+        return nearest_values(scaled, format_name).to(torch.int8)
     if format_name == "int4":
-        return pack_codes(torch.round(scaled).clamp_(*_CODE_RANGE["int4"]).to(torch.int8).view(torch.uint8) & 15)
+        return pack_codes(nearest_values(scaled, format_name).to(torch.int8).view(torch.uint8) & 15)
+    return pack_codes(_nearest_entries(scaled, format_name).to(torch.uint8))
+
+
+def nearest_values(scaled: Tensor, format_name: str) -> Tensor:
+    """The nearest values that a format has, float32; what is beyond its largest becomes that."""
+    if format_name in _CODE_RANGE:
+        return torch.round(scaled).clamp_(*_CODE_RANGE[format_name])
+    if format_name == "e4m3fn":
+        largest = _DIVISOR["e4m3fn"]
+        return scaled.clamp(-largest, largest).to(torch.float8_e4m3fn).float()
+    return _codebook(format_name, scaled.device)[_nearest_entries(scaled, format_name)]
+
+
+def step_for(amax: Tensor, format_name: str, scale_dtype: torch.dtype) -> Tensor:
+    """The scale of groups whose largest magnitude is ``amax``, rounded up to its dtype."""
+    return _round_up(amax / _DIVISOR[format_name], scale_dtype)
+
+
+def _nearest_entries(scaled: Tensor, format_name: str) -> Tensor:
     values = _codebook(format_name, scaled.device)
-    middles = (values[1:] + values[:-1]) / 2
-    return pack_codes(torch.bucketize(scaled.contiguous(), middles).to(torch.uint8))
+    return torch.bucketize(scaled.contiguous(), (values[1:] + values[:-1]) / 2)
 
 
 def _round_up(positive: Tensor, dtype: torch.dtype) -> Tensor:

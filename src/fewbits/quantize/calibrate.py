@@ -1,0 +1,228 @@
+"""Calibration: run text through a model block by block, and quantize each block on what it is given.
+
+    text -> embedding -> block 0 -> block 1 -> …
+                         |  1  its float32 weights are read, and the second moments of each layer's inputs summed up
+                         |  2  its layers are quantized by GPTQ
+                         |  3  its quantized self gives the next block's inputs
+
+One block and its inputs are in memory at a time, and what has been quantized and not been taken yet.
+
+Letters: W windows, T tokens in each, H hidden features, K input features of a layer.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from fewbits.errors import FewbitsError
+from fewbits.models.naming import Place
+from fewbits.models.precision import Precision
+from fewbits.models.quantizable import Weight, output_head
+from fewbits.models.source import Source
+from fewbits.models.text import built_in_text, read_text
+from fewbits.quantize.gptq import gptq
+from fewbits.tensors.quantized import QuantizedTensor
+
+WINDOWS, WINDOW_TOKENS = 32, 512
+_BUILT_IN_START = 30_000  # the built-in text is measured on from token 20,000 to 24,096: none of that is used here
+
+
+def calibration_windows(
+    tokenizer: transformers.PreTrainedTokenizerBase, text: Path | None = None, most_tokens: int = WINDOW_TOKENS
+) -> Tensor:
+    """Token ids ``[W, T]`` to calibrate on.
+
+    Args:
+        tokenizer: The model's.
+        text: A UTF-8 file; None: a part of the built-in text that quality is not measured on.
+        most_tokens: The model's context; windows are no longer.
+
+    Raises:
+        FewbitsError: If the text cannot be read, or does not fill one window.
+    """
+    content = built_in_text() if text is None else read_text(text)
+    start = _BUILT_IN_START if text is None else 0
+    length = min(WINDOW_TOKENS, most_tokens)
+    ids = tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"][start:]
+    count = min(WINDOWS, len(ids) // length)
+    if count < 1:
+        raise FewbitsError(
+            f"calibrate: {text or 'the built-in text'} has {len(ids)} tokens, and one window has {length}; "
+            "give a longer text"
+        )
+    return torch.tensor(ids[: count * length]).view(count, length)
+
+
+class Calibration:
+    """Gives the quantized weights of a model by name; blocks are calibrated when one of theirs is first wanted."""
+
+    def __init__(
+        self,
+        source: Source,
+        model: transformers.PreTrainedModel,
+        places: Mapping[str, Place],
+        weights: Mapping[str, Weight],
+        precision: Precision,
+        scale_dtype: torch.dtype,
+        windows: Tensor,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Prepare; nothing is computed yet.
+
+        Args:
+            source: Where tensors are read from.
+            model: The model, on the meta device; it is copied.
+            places: Where each stored tensor goes.
+            weights: The weights to quantize, by stored name.
+            precision: To what.
+            scale_dtype: Of their scales.
+            windows: Token ids ``[W, T]``.
+            progress: Called with blocks done and blocks in all.
+
+        Raises:
+            FewbitsError: If the model is not one stack of blocks, or its checkpoint holds weights in other pieces.
+        """
+        self._source, self._precision, self._scale_dtype = source, precision, scale_dtype
+        self._windows, self._progress = windows, progress
+        self._model = copy.deepcopy(model).eval().requires_grad_(False)
+        self._stored = {place.parameter: name for name, place in places.items()}
+        self._prefix, self._blocks = _blocks_of(self._model)
+        self._quantized_here = {weight.parameter: name for name, weight in weights.items()}
+        for name, weight in weights.items():
+            if places[name].converter is not None or weight.kind != "linear":
+                raise FewbitsError(
+                    f"calibrate: {name} is stored in another way than {type(model).__name__} holds it; such models "
+                    "cannot be calibrated, convert without it"
+                )
+        self._made: dict[str, QuantizedTensor] = {}
+        self._next = 0
+        self._inputs: list[Tensor] = []
+        self._arguments: dict[str, Any] = {}
+
+    def holds(self, name: str) -> bool:
+        """Whether a stored weight lies in a block."""
+        return any(
+            name == stored and parameter.startswith(self._prefix) for parameter, stored in self._quantized_here.items()
+        )
+
+    @torch.no_grad()
+    def take(self, name: str) -> QuantizedTensor:
+        """A quantized weight, once."""
+        while name not in self._made:
+            self._run_block()
+        return self._made.pop(name)
+
+    def _run_block(self) -> None:
+        if self._next == 0:
+            self._catch_inputs()
+        index = self._next
+        path, block = f"{self._prefix}{index}.", copy.deepcopy(self._blocks[index])
+        self._fill(block, path)
+        moments = self._moments(block, path)
+        for parameter, name in self._quantized_here.items():
+            if parameter.startswith(path):
+                layer: Any = block.get_submodule(parameter.removeprefix(path).removesuffix(".weight"))
+                self._made[name] = made = self._quantized(name, layer.weight, moments[parameter])
+                layer.weight = nn.Parameter(made.dequantize(), requires_grad=False)
+        self._inputs = [self._through(block, x) for x in self._inputs]
+        self._next += 1
+        if self._progress is not None:
+            self._progress(self._next, len(self._blocks))
+
+    def _quantized(self, name: str, weight: Tensor, moments: Tensor) -> QuantizedTensor:
+        precision = self._precision
+        try:
+            return gptq(
+                weight, moments, precision.weights.name,
+                group_size=precision.group_size, scale_dtype=self._scale_dtype,
+                rotation=precision.rotation(weight.shape[1]),
+            )  # fmt: skip
+        except FewbitsError as error:
+            raise FewbitsError(f"{name}: {error}") from None
+
+    def _moments(self, block: nn.Module, path: str) -> dict[str, Tensor]:
+        """Σ x xᵀ ``[K, K]`` of every layer that is quantized, by parameter; layers with one input share them."""
+        sums: dict[str, Tensor] = {}
+        last: list[tuple[Tensor, Tensor]] = []
+
+        def add(parameter: str, x: Tensor) -> None:
+            if not last or last[0][0] is not x:
+                rows = x.reshape(-1, x.shape[-1]).float()
+                last[:] = [(x, rows.T @ rows)]
+            product = last[0][1]
+            sums[parameter] = sums[parameter] + product if parameter in sums else product
+
+        hooks = [
+            block.get_submodule(parameter.removeprefix(path).removesuffix(".weight")).register_forward_pre_hook(
+                lambda _, given, parameter=parameter: add(parameter, given[0])
+            )
+            for parameter in self._quantized_here
+            if parameter.startswith(path)
+        ]
+        for x in self._inputs:
+            self._through(block, x)
+            last.clear()
+        for hook in hooks:
+            hook.remove()
+        return sums
+
+    def _through(self, block: nn.Module, x: Tensor) -> Tensor:
+        out = block(x, **self._arguments)
+        result: Tensor = out[0] if isinstance(out, tuple) else out
+        return result
+
+    def _catch_inputs(self) -> None:
+        """What the first block is given: the model runs as far as that."""
+        head = output_head(self._model)
+        for name, _ in list(self._model.named_parameters()):
+            if not name.startswith(self._prefix) and name != head and name in self._stored:
+                self._put(self._model, name, self._stored[name])
+        first = self._blocks[0]
+        hook = first.register_forward_pre_hook(self._caught, with_kwargs=True)
+        for window in self._windows:
+            try:
+                self._model(input_ids=window[None], use_cache=False)
+            except _Caught:
+                continue
+            raise AssertionError("the first block was not reached")
+        hook.remove()
+
+    def _caught(self, block: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        named = dict(named)
+        self._inputs.append(given[0] if given else named.pop("hidden_states"))
+        named.pop("hidden_states", None)
+        self._arguments = {name: value for name, value in named.items() if name != "past_key_values"}
+        raise _Caught
+
+    def _fill(self, block: nn.Module, path: str) -> None:
+        for name, _ in list(block.named_parameters()):
+            self._put(block, name, self._stored[f"{path}{name}"])
+
+    def _put(self, module: nn.Module, name: str, stored: str) -> None:
+        owner, _, leaf = name.rpartition(".")
+        holder = module.get_submodule(owner)
+        setattr(holder, leaf, nn.Parameter(self._source.read(stored).float(), requires_grad=False))
+
+
+class _Caught(Exception):  # noqa: N818  # no error: it ends a forward pass that has gone far enough
+    pass
+
+
+def _blocks_of(model: transformers.PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """The name, with a point behind it, and the modules of the one stack of blocks that a model is."""
+    stacks = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    outer = {name: each for name, each in stacks.items() if not any(name.startswith(f"{other}.") for other in stacks)}
+    if len(outer) != 1:
+        raise FewbitsError(
+            f"calibrate: {type(model).__name__} has {len(outer)} stacks of blocks, and only models of one can be "
+            "calibrated; convert without it"
+        )
+    name, blocks = next(iter(outer.items()))
+    return f"{name}.", blocks
