@@ -70,7 +70,9 @@ class ModuleNames:
         if isinstance(result, Tensor):
             self.result(f"{name} output", result)
             if result.requires_grad:
-                result.register_hook(lambda gradient: self.plain(f"{name} gradient", gradient))
+                result.register_hook(  # type: ignore[no-untyped-call]
+                    lambda gradient: self.plain(f"{name} gradient", gradient)
+                )
 
     def plain(self, key: str, x: Tensor) -> None:
         """An operand in the format of the results."""

@@ -114,7 +114,7 @@ def is_ddp(model: nn.Module) -> bool:
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model itself: its names are the same on one process and on many."""
-    return model.module if is_ddp(model) else model
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 
 def _refuse_other_wrappers(model: nn.Module) -> None:

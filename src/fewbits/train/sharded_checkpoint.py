@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from torch.distributed import checkpoint
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from fewbits.errors import FewbitsError
 from fewbits.train.mixed_precision import MixedPrecision
@@ -21,7 +23,7 @@ def save_sharded(mp: MixedPrecision, folder: str | Path, **more: Any) -> None:
         folder: Where to; all processes see it.
         more: State dicts of other things, such as ``scheduler=scheduler.state_dict()``.
     """
-    checkpoint.save({"mixed_precision": mp.state_dict(), **more}, checkpoint_id=folder)
+    save({"mixed_precision": mp.state_dict(), **more}, checkpoint_id=folder)
 
 
 def load_sharded(mp: MixedPrecision, folder: str | Path, **more: Any) -> dict[str, Any]:
@@ -47,13 +49,13 @@ def load_sharded(mp: MixedPrecision, folder: str | Path, **more: Any) -> dict[st
         get_optimizer_state_dict(mp.model, mp.optimizer)
     state = {"mixed_precision": mp.state_dict(), **more}
     _check_names(state, folder)
-    checkpoint.load(state, checkpoint_id=folder)
+    load(state, checkpoint_id=folder)
     mp.load_state_dict(state.pop("mixed_precision"))
     return state
 
 
 def _check_names(state: dict[str, Any], folder: str | Path) -> None:
-    saved = set(checkpoint.FileSystemReader(folder).read_metadata().state_dict_metadata)
+    saved = set(FileSystemReader(folder).read_metadata().state_dict_metadata)
     missing = sorted(set(_leaves(state)) - saved)
     if missing:
         raise FewbitsError(

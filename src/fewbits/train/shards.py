@@ -20,7 +20,7 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def local(tensor: Tensor) -> Tensor:
     """The rows that are here, sharing memory; any other tensor as it is."""
-    return tensor.detach().to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined, no-any-return]
+    return tensor.detach().to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def shard_dimensions(tensor: Tensor) -> list[int]:
@@ -46,14 +46,8 @@ def cut_like(param: Tensor, rows: Tensor) -> Tensor:
     from torch.distributed.tensor import DTensor  # slow to import, and only needed here
 
     mesh: Any = param.device_mesh  # type: ignore[attr-defined]
-    return DTensor.from_local(
-        rows,
-        mesh,
-        param.placements,
-        run_check=False,
-        shape=param.shape,
-        stride=param.stride(),  # type: ignore[attr-defined]
-    )
+    placements: Any = param.placements  # type: ignore[attr-defined]
+    return DTensor.from_local(rows, mesh, placements, run_check=False, shape=param.shape, stride=param.stride())
 
 
 def named_for_all(param: Tensor, held: dict[str, Tensor]) -> dict[str, Tensor]:
