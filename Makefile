@@ -10,6 +10,7 @@ MODEL  := $(CACHE)/SmolLM2-135M-Instruct.Q4_1.gguf
 INT8   := build/smollm2-int8
 BF16   := build/smollm2-bf16
 LLAMA  := build/llama-1.2b
+GENERATE := PYTHONPATH=build/peers:build/llama $(BIN)/python benchmarks/bench_generate.py
 SOURCES := $(shell find src csrc -name '*.py' -o -name '*.cpp' -o -name '*.hpp')
 
 .PHONY: help demo test lint lint-page browser format bench bench-peers interop certify clean
@@ -55,12 +56,18 @@ test: .venv/dev .venv/built build/triton/made browser $(MODEL)
 # make bench  fewbits beside its peers, in one run
 bench: bench-peers $(INT8)/config.json $(BF16)/config.json $(LLAMA)/config.json
 	$(BIN)/python benchmarks/bench_convert.py $(MODEL) --json build/bench_convert.json
-	PYTHONPATH=build/peers $(BIN)/python benchmarks/bench_generate.py $(BF16) $(INT8) --json build/bench_generate.json
+	PYTHONPATH=build/peers $(BIN)/python benchmarks/bench_quality.py $(BF16) --json build/bench_quality.json
 	$(BIN)/python benchmarks/bench_cast.py --json build/bench_cast.json
 	PYTHONPATH=build/peers $(BIN)/python benchmarks/bench_load.py $(LLAMA) --json build/bench_load.json
 	PYTHONPATH=build/llama $(BIN)/python benchmarks/bench_quantize.py $(LLAMA) --json build/bench_quantize.json
-	PYTHONPATH=build/peers:build/llama $(BIN)/python benchmarks/bench_speed.py $(BF16) --json build/bench_speed.json
-	PYTHONPATH=build/peers:build/llama $(BIN)/python benchmarks/bench_speed.py $(LLAMA) --json build/bench_speed_llama.json
+	$(GENERATE) $(BF16) --batch 8 --json build/bench_generate.json
+	$(GENERATE) $(LLAMA) --batch 8 --context 4096 --json build/bench_generate_1.2b.json
+	$(BIN)/python benchmarks/roofline.py build/bench_generate.json build/bench_generate_1.2b.json --out build/speed.svg
+
+# make bench-large  the same with 6.2B parameters: 25 GB of disk, 16 GB of memory
+bench-large: bench-peers build/llama-6.2b/config.json
+	$(GENERATE) build/llama-6.2b --apart --rounds 1 --only "fewbits int8" "fewbits int4" "llama.cpp Q8_0" "llama.cpp Q4_0" \
+		--json build/bench_generate_6.2b.json
 
 # make bench-peers  install what the benchmarks and the interop check run beside fewbits; builds llama.cpp
 bench-peers: build/peers/made build/llama/made
@@ -122,9 +129,9 @@ $(INT8)/config.json $(BF16)/config.json: build/smollm2-%/config.json: $(MODEL) |
 	$(BIN)/fewbits convert $(MODEL) build/smollm2-$* --to $* --overwrite
 	@touch $@
 
-$(LLAMA)/config.json: $(BF16)/config.json
-	rm -rf $(LLAMA)
-	$(BIN)/python tools/random_model.py llama-1.2b $(LLAMA) --tokenizer $(BF16)
+build/llama-%/config.json: $(BF16)/config.json
+	rm -rf build/llama-$*
+	$(BIN)/python tools/random_model.py llama-$* build/llama-$* --tokenizer $(BF16)
 	@touch $@
 
 build/compare.txt: $(INT8)/config.json

@@ -1,224 +1,173 @@
-"""int8 of fewbits beside its peers, in one run: load, memory, prefill, decode, and what the bits cost.
+"""Prefill and decode of 8- and 4-bit models beside the fastest peers on a CPU, and the machine's limits, in one run.
 
-    python benchmarks/bench_generate.py BF16_FOLDER INT8_FOLDER [--json FILE]
+    PYTHONPATH=build/peers:build/llama python benchmarks/bench_generate.py BF16_FOLDER [--json FILE] [--only NAME …]
 
-The folders are `fewbits convert MODEL BF16_FOLDER --to bf16` and `fewbits convert MODEL INT8_FOLDER --to int8`. Every
-peer starts from the bf16 folder; the reference is that folder computed in fp32. A peer that is not installed is
-skipped with its reason.
+The folder holds a Llama model in bf16 with a tokenizer. What a library runs is made from it first, under build/speed:
+fewbits' int8 and int4, GGUF files for llama.cpp, a CTranslate2 model. Each library then lives in a process of its own,
+which loads its model and waits. In every round each of them reads 512 tokens and writes 32 after it, one after the
+other while the others sleep; the best round of each counts. `--apart` loads one model at a time instead, for models
+of which memory does not hold them all. A peer that is not installed is left out, and told. What the libraries say on
+the way goes to build/speed.log.
 
-Speed is timed in rounds: each round runs every model once, one after the other, and the best round of each model
-counts. A noisy machine then disturbs all of them alike. All models are in memory together for that.
+`--batch 8` and `--context 4096` then run fewbits on so many texts at once, and after so many tokens, in turns with the
+plain run that they are held against. Ratios are printed beside what we want of them.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import logging
+import subprocess
+import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-from rich.console import Console
-from rich.table import Table
-from torch import nn
+import generate_report
+import libraries
+import limits
 
-from fewbits.measure.machine import this_machine
-from fewbits.measure.memory import weight_bytes
-from fewbits.measure.quality import Reference
-from fewbits.measure.speed import measure_speed
-from fewbits.measure.text import text_name, token_windows
-from fewbits.models.load import AutoModelForCausalLM, AutoTokenizer
-
-OURS = "fewbits int8"
-
-
-@dataclass(frozen=True)
-class Result:
-    """One model, measured."""
-
-    name: str
-    load_seconds: float
-    memory_bytes: int
-    kl: float
-    kl_stderr: float
-    top1: float
-    perplexity: float
-    prefill_tps: float = 0.0
-    decode_tps: float = 0.0
-
-
-def transformers_bf16(bf16: Path, int8: Path) -> nn.Module:
-    """The checkpoint as most people run it."""
-    return transformers.AutoModelForCausalLM.from_pretrained(bf16, dtype=torch.bfloat16)
-
-
-def transformers_fp32(bf16: Path, int8: Path) -> nn.Module:
-    """The reference."""
-    return transformers.AutoModelForCausalLM.from_pretrained(bf16, dtype=torch.float32)
-
-
-def bitsandbytes_int8(bf16: Path, int8: Path) -> nn.Module:
-    """LLM.int8(): W8A8 and outlier columns in 16 bits."""
-    import bitsandbytes  # noqa: F401 - transformers' own message for its absence is a long one
-
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it logs a line for every layer and token
-    config = transformers.BitsAndBytesConfig(load_in_8bit=True)
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        bf16, dtype=torch.bfloat16, quantization_config=config, device_map="cpu"
-    )
-
-
-def torchao_int8(bf16: Path, int8: Path) -> nn.Module:
-    """W8A8 with dynamic scales per token, not compiled; transformers leaves the head in 16 bits."""
-    from torchao.quantization import Int8DynamicActivationInt8WeightConfig
-
-    config = transformers.TorchAoConfig(Int8DynamicActivationInt8WeightConfig())
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        bf16, dtype=torch.bfloat16, quantization_config=config, device_map="cpu"
-    )
-
-
-def fewbits_int8(bf16: Path, int8: Path) -> nn.Module:
-    """The converted folder."""
-    return AutoModelForCausalLM.from_pretrained(int8)
-
-
-MODELS: dict[str, Callable[[Path, Path], nn.Module]] = {
-    "transformers fp32": transformers_fp32,  # first: the reference of the others
-    "transformers bf16": transformers_bf16,
-    "bitsandbytes int8": bitsandbytes_int8,
-    "torchao W8A8": torchao_int8,
-    OURS: fewbits_int8,
-}
+NAMES = tuple(libraries.LOADERS)
+LIMITS = "limits"
 
 
 def main() -> None:
-    """Parse, measure, print."""
+    """Parse, measure in rounds, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bf16", type=Path, help="folder of the model in bf16")
-    parser.add_argument("int8", type=Path, help="folder of the same model, converted to int8")
+    parser.add_argument("model", type=Path, help="folder of the model in bf16, with a tokenizer")
     parser.add_argument("--json", type=Path, help="write the figures here")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds of timing; the best counts")
-    parser.add_argument("--windows", type=int, default=8, help="windows of 512 tokens that quality is measured on")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--prompt", type=int, default=512, help="tokens of the prompt")
+    parser.add_argument("--new", type=int, default=32, help="tokens written after it")
+    parser.add_argument("--only", nargs="+", choices=NAMES, default=[name for name in NAMES if "cache" not in name])
+    parser.add_argument("--batch", type=int, default=1, help="also decode so many texts at once, with fewbits")
+    parser.add_argument("--context", type=int, default=0, help="also decode after so many tokens, with fewbits")
+    parser.add_argument("--apart", action="store_true", help="one model in memory at a time")
+    parser.add_argument("--worker", choices=(*NAMES, LIMITS), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    windows = token_windows(AutoTokenizer.from_pretrained(options.bf16), windows=options.windows)
-    results, skipped = measure(options.bf16, options.int8, windows, options.rounds)
+    if options.worker:
+        serve(options.worker, options.model)
+        return
     report = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "text": f"{text_name()}, {windows.shape[0]} windows of {windows.shape[1]} tokens",
-        "rounds": options.rounds,
-        "results": [asdict(result) for result in results],
-        "skipped": skipped,
-        "peers": peer_versions(),
-        "machine": this_machine().to_json(),
-    }
-    show(report, results)
+        "date": datetime.now(UTC).isoformat(timespec="seconds"), "model": options.model.name, "prompt": options.prompt,
+        "new": options.new, "batch": options.batch, "context": options.context, "rounds": options.rounds,
+        "threads": libraries.THREADS, "weights": limits.weights_of_a_token(options.model), **measure(options),
+    }  # fmt: skip
+    report["ratios"] = generate_report.ratios(report)
+    generate_report.show(report)
     if options.json:
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+        from fewbits.measure.machine import this_machine
+
+        options.json.write_text(json.dumps(report | {"machine": this_machine().to_json()}, indent=1) + "\n")
 
 
-def measure(bf16: Path, int8: Path, windows: torch.Tensor, rounds: int) -> tuple[list[Result], dict[str, str]]:
-    """Load every model and hold it against the reference; then time all of them in rounds."""
-    for load in (transformers_bf16, fewbits_int8):
-        load(bf16, int8)  # so that no model is the one that waits for the disk, or for imports
-    models: dict[str, nn.Module] = {}
-    results: dict[str, Result] = {}
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """The best figures of each library, the limits, and which libraries were left out."""
+    figures: dict[str, dict[str, float]] = {}
     skipped: dict[str, str] = {}
-    reference: Reference | None = None
-    for name, load in MODELS.items():
-        started = time.perf_counter()
-        try:
-            model = load(bf16, int8).eval()
-        except ImportError as error:
-            skipped[name] = str(error)
+    groups = [[name] for name in options.only] if options.apart else [options.only]
+    for group in groups:
+        workers = {}
+        for name in (LIMITS, *group):
+            worker, answer = start(name, options.model)
+            if "skipped" in answer:
+                skipped[name] = answer["skipped"]
+            else:
+                workers[name] = worker
+        for ask_all in (plain_round, further_round):
+            for _ in range(options.rounds):
+                ask_all(workers, figures, options)
+        for worker in workers.values():
+            stop(worker)
+    return {"limits": figures.pop(LIMITS, {}), "figures": figures, "skipped": skipped}
+
+
+def plain_round(workers: dict[str, subprocess.Popen[str]], figures: Any, options: argparse.Namespace) -> None:
+    """Everybody once."""
+    for name, worker in workers.items():
+        note(figures, name, ask(worker, options.prompt, options.new, 1))
+
+
+def further_round(workers: dict[str, subprocess.Popen[str]], figures: Any, options: argparse.Namespace) -> None:
+    """Of fewbits: the plain run, several texts at once, a long context. Memory is that of the plain runs."""
+    for name, worker in workers.items():
+        if not name.startswith("fewbits int8") or (options.batch == 1 and not options.context):
             continue
-        seconds = time.perf_counter() - started
-        reference = reference or Reference(model, windows)
-        quality = reference.quality if not models else reference.measure(model)
-        figures = {key: value for key, value in asdict(quality).items() if key != "positions"}
-        models[name], results[name] = model, Result(name, seconds, bytes_of(model), **figures)
-        print(f"{name}: KL {quality.kl:.4f}, perplexity {quality.perplexity:.3f}", flush=True)
-    for done in range(rounds):
-        for name, model in models.items():
-            speed, best = measure_speed(model, windows[0], repeats=1), results[name]
-            results[name] = replace(
-                best,
-                prefill_tps=max(best.prefill_tps, speed.prefill),
-                decode_tps=max(best.decode_tps, speed.decode),
-            )
-        print(f"round {done + 1} of {rounds} timed", flush=True)
-    return list(results.values()), skipped
+        plain = ask(worker, options.prompt, options.new, 1)
+        found = {"prefill": plain["prefill"], "decode": plain["decode"]}
+        if options.batch > 1:
+            found["batch_decode"] = ask(worker, options.prompt, options.new, options.batch)["decode"]
+        if options.context:
+            found["context_decode"] = ask(worker, options.context, options.new, 1)["decode"]
+        note(figures, name, found)
 
 
-def peer_versions() -> dict[str, str]:
-    """Versions of the peers that are installed; transformers' is in the machine's versions."""
-    found = {}
-    for name in ("bitsandbytes", "torchao"):
-        with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
+def start(name: str, model: Path) -> tuple[subprocess.Popen[str], dict[str, Any]]:
+    """A process that holds one model; its first line says that it is ready, or why not."""
+    command = [sys.executable, "-W", "ignore", __file__, str(model), "--worker", name]
+    with Path("build/speed.log").open("a") as log:
+        worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
+    return worker, answer_of(worker)
 
 
-def bytes_of(model: nn.Module) -> int:
-    """Bytes of weights in memory, with the scales that bitsandbytes keeps outside of parameters and buffers."""
-    outside = 0
-    for module in model.modules():
-        scales = getattr(getattr(module, "weight", None), "SCB", None)
-        if scales is None:  # the first forward pass moves them
-            scales = getattr(getattr(module, "state", None), "SCB", None)
-        outside += 0 if scales is None else scales.nbytes
-    return weight_bytes(model) + outside
+def ask(worker: subprocess.Popen[str], prompt: int, new: int, batch: int) -> dict[str, float]:
+    """One run of one model."""
+    assert worker.stdin
+    worker.stdin.write(json.dumps({"prompt": prompt, "new": new, "batch": batch}) + "\n")
+    worker.stdin.flush()
+    time.sleep(0.2)  # threads of the one before, which may still spin, are asleep by then
+    return answer_of(worker)
 
 
-def show(report: dict[str, Any], results: list[Result]) -> None:
-    """Print the figures, and ours over each peer's."""
-    console = Console(width=120)
-    table = Table(title="Figures")
-    headings = ("load s", "memory MiB", "prefill tok/s", "decode tok/s", "KL nats/token", "top-1 %", "perplexity")
-    for heading in ("", *headings):
-        table.add_column(heading, justify="right" if heading else "left")
-    for one in results:
-        kl = f"{one.kl:.4f} ±{one.kl_stderr:.1g}"
-        table.add_row(
-            one.name, f"{one.load_seconds:.1f}", f"{one.memory_bytes / 2**20:.1f}", f"{one.prefill_tps:.0f}",
-            f"{one.decode_tps:.1f}", kl, f"{100 * one.top1:.1f}", f"{one.perplexity:.3f}",
-        )  # fmt: skip
-    console.print(table)
-    ours = next((one for one in results if one.name == OURS), None)
-    if ours is not None:
-        console.print(ratios(ours, [one for one in results if one is not ours]))
-    for name, reason in report["skipped"].items():
-        console.print(f"{name} skipped: {reason}")
-    machine = report["machine"]
-    console.print(f"{report['text']}; best of {report['rounds']} rounds; {report['date']}")
-    console.print(
-        f"{machine['cpu']}, {machine['threads']} threads, {machine['isa']}; {machine['versions'] | report['peers']}"
-    )
+def answer_of(worker: subprocess.Popen[str]) -> dict[str, Any]:
+    """The next line of JSON; libraries print other things too."""
+    assert worker.stdout
+    for line in worker.stdout:
+        if line.startswith("{"):
+            return dict(json.loads(line))
+    return {"skipped": f"its process ended with code {worker.wait()}"}
 
 
-def ratios(ours: Result, peers: list[Result]) -> Table:
-    """Ours over each peer's: above 1 is better for speed, below 1 for the rest."""
-    table = Table(title=f"{OURS} / peer")
-    for heading in ("peer", "load", "memory", "prefill", "decode", "KL"):
-        table.add_column(heading, justify="left" if heading == "peer" else "right")
-    for peer in peers:
-        pairs = [
-            (ours.load_seconds, peer.load_seconds),
-            (ours.memory_bytes, peer.memory_bytes),
-            (ours.prefill_tps, peer.prefill_tps),
-            (ours.decode_tps, peer.decode_tps),
-            (ours.kl, peer.kl),
-        ]
-        table.add_row(peer.name, *(f"{mine / theirs:.2f}" if theirs else "-" for mine, theirs in pairs))
-    return table
+def stop(worker: subprocess.Popen[str]) -> None:
+    """Let a process end."""
+    assert worker.stdin
+    worker.stdin.close()
+    worker.wait()
+
+
+def note(figures: dict[str, dict[str, float]], name: str, round_: dict[str, float]) -> None:
+    """Keep the best of each figure, and the worst of the memory: the greatest of both."""
+    best = figures.setdefault(name, {})
+    for key, value in round_.items():
+        best[key] = max(best.get(key, 0.0), value)
+
+
+def serve(name: str, model: Path) -> None:
+    """Load one model, then time what is asked for, line by line."""
+    if name == LIMITS:
+        print(json.dumps({"ready": name}), flush=True)
+        for _ in sys.stdin:
+            print(json.dumps(limits.probe(libraries.THREADS)), flush=True)
+        return
+    try:
+        step = libraries.LOADERS[name](model)
+        step(list(range(3, 35)), 2, 1)  # warm up
+    except ImportError as error:
+        print(json.dumps({"skipped": str(error)}), flush=True)
+        return
+    print(json.dumps({"ready": name}), flush=True)
+    from fewbits.measure.memory import peak_resident_bytes
+
+    for line in sys.stdin:
+        asked = json.loads(line)
+        prompt = [3 + 7 * index % 4000 for index in range(asked["prompt"])]
+        read, written = step(prompt, asked["new"], asked["batch"])
+        speeds = {
+            "prefill": asked["prompt"] * asked["batch"] / read,
+            "decode": asked["new"] * asked["batch"] / written,
+        }
+        print(json.dumps(speeds | {"peak_bytes": peak_resident_bytes()}), flush=True)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,20 @@ CONFIGS = {
         tie_word_embeddings=True,
         architectures=["LlamaForCausalLM"],
         dtype="bfloat16",
-    )
+    ),
+    "llama-6.2b": LlamaConfig(  # the sizes of ChatGLM3-6B, in an architecture that every library runs
+        vocab_size=65024,
+        hidden_size=4096,
+        intermediate_size=13696,
+        num_hidden_layers=28,
+        num_attention_heads=32,
+        num_key_value_heads=2,
+        head_dim=128,
+        max_position_embeddings=8192,
+        tie_word_embeddings=False,
+        architectures=["LlamaForCausalLM"],
+        dtype="bfloat16",
+    ),
 }
 
 
@@ -53,7 +66,8 @@ def main() -> None:
         config = CONFIGS[options.model]
         config.save_pretrained(options.out)
         model = empty_model(config, torch.bfloat16)
-        shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+        tied = "lm_head.weight" if config.tie_word_embeddings else None
+        shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name != tied}
     else:
         for file in Path(options.model).iterdir():
             if file.is_file():
