@@ -189,14 +189,15 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
-        # The policy is on in the backward pass too, and would round these operands and sums a second time.
+        saved = ctx.saved_tensors  # with checkpoints they are computed again here, by the policy
+        # It is on in the backward pass too, and would round these operands and sums a second time.
         with torch._C.DisableTorchFunction():
-            return _Linear._gradients(ctx, gradients[0])
+            return _Linear._gradients(ctx, saved, gradients[0])
 
     @staticmethod
-    def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def _gradients(ctx: Any, saved: tuple[Tensor, Tensor], gradient: Tensor) -> tuple[Tensor | None, ...]:
         operands, name = ctx.operands, ctx.name
-        x, weight = ctx.saved_tensors
+        x, weight = saved
         g = gradient.reshape(-1, gradient.shape[-1]).to(operands.dtype)  # [M, N]
         dx = dw = db = None
         rounded = operands.gradient(g, name)
