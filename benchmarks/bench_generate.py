@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--prompt", type=int, default=512, help="tokens of the prompt")
     parser.add_argument("--new", type=int, default=32, help="tokens written after it")
-    parser.add_argument("--only", nargs="+", choices=NAMES, default=[name for name in NAMES if "cache" not in name])
+    parser.add_argument("--only", nargs="+", choices=NAMES, default=[name for name in NAMES if "," not in name])
     parser.add_argument("--batch", type=int, default=1, help="also decode so many texts at once, with fewbits")
     parser.add_argument("--context", type=int, default=0, help="also decode after so many tokens, with fewbits")
     parser.add_argument("--apart", action="store_true", help="one model in memory at a time")
@@ -63,8 +63,8 @@ def main() -> None:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """The best figures of each library, the limits, and which libraries were left out."""
-    figures: dict[str, dict[str, float]] = {}
+    """All rounds, the best figures of each library, the limits, and which libraries were left out."""
+    rounds: list[dict[str, dict[str, float]]] = []
     skipped: dict[str, str] = {}
     groups = [[name] for name in options.only] if options.apart else [options.only]
     for group in groups:
@@ -75,32 +75,33 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 skipped[name] = answer["skipped"]
             else:
                 workers[name] = worker
-        for ask_all in (plain_round, further_round):
-            for _ in range(options.rounds):
-                ask_all(workers, figures, options)
+        rounds += [ask_all(workers, options) for ask_all in (plain_round, further_round) for _ in range(options.rounds)]
         for worker in workers.values():
             stop(worker)
-    return {"limits": figures.pop(LIMITS, {}), "figures": figures, "skipped": skipped}
+    figures = best(rounds)
+    return {"limits": figures.pop(LIMITS, {}), "figures": figures, "skipped": skipped, "rounds_done": rounds}
 
 
-def plain_round(workers: dict[str, subprocess.Popen[str]], figures: Any, options: argparse.Namespace) -> None:
+def plain_round(workers: dict[str, subprocess.Popen[str]], options: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Everybody once."""
-    for name, worker in workers.items():
-        note(figures, name, ask(worker, options.prompt, options.new, 1))
+    return {name: ask(worker, options.prompt, options.new, 1) for name, worker in workers.items()}
 
 
-def further_round(workers: dict[str, subprocess.Popen[str]], figures: Any, options: argparse.Namespace) -> None:
+def further_round(
+    workers: dict[str, subprocess.Popen[str]], options: argparse.Namespace
+) -> dict[str, dict[str, float]]:
     """Of fewbits: the plain run, several texts at once, a long context. Memory is that of the plain runs."""
+    found = {}
     for name, worker in workers.items():
         if not name.startswith("fewbits int8") or (options.batch == 1 and not options.context):
             continue
         plain = ask(worker, options.prompt, options.new, 1)
-        found = {"prefill": plain["prefill"], "decode": plain["decode"]}
+        found[name] = {"prefill": plain["prefill"], "decode": plain["decode"]}
         if options.batch > 1:
-            found["batch_decode"] = ask(worker, options.prompt, options.new, options.batch)["decode"]
+            found[name]["batch_decode"] = ask(worker, options.prompt, options.new, options.batch)["decode"]
         if options.context:
-            found["context_decode"] = ask(worker, options.context, options.new, 1)["decode"]
-        note(figures, name, found)
+            found[name]["context_decode"] = ask(worker, options.context, options.new, 1)["decode"]
+    return found
 
 
 def start(name: str, model: Path) -> tuple[subprocess.Popen[str], dict[str, Any]]:
@@ -136,11 +137,15 @@ def stop(worker: subprocess.Popen[str]) -> None:
     worker.wait()
 
 
-def note(figures: dict[str, dict[str, float]], name: str, round_: dict[str, float]) -> None:
-    """Keep the best of each figure, and the worst of the memory: the greatest of both."""
-    best = figures.setdefault(name, {})
-    for key, value in round_.items():
-        best[key] = max(best.get(key, 0.0), value)
+def best(rounds: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
+    """The best of each figure, and the worst of the memory: the greatest of both."""
+    figures: dict[str, dict[str, float]] = {}
+    for round_ in rounds:
+        for name, one in round_.items():
+            known = figures.setdefault(name, {})
+            for key, value in one.items():
+                known[key] = max(known.get(key, 0.0), value)
+    return figures
 
 
 def serve(name: str, model: Path) -> None:

@@ -45,13 +45,17 @@ def torch_step(model: Any) -> Step:
     return step
 
 
-def fewbits_model(precision: str, kv_cache: str | None = None) -> Callable[[Path], Step]:
-    """A model as fewbits loads it."""
+def fewbits_model(precision: str, kv_cache: str | None = None, fused: bool = True) -> Callable[[Path], Step]:
+    """A model as fewbits loads it; or with its decoder layers as modules, not in one call each."""
 
     def load(model: Path) -> Step:
         import fewbits
+        from fewbits.models.fused import unfuse
 
-        return torch_step(fewbits.AutoModelForCausalLM.from_pretrained(model, precision=precision, kv_cache=kv_cache))
+        loaded = fewbits.AutoModelForCausalLM.from_pretrained(model, precision=precision, kv_cache=kv_cache)
+        if not fused:
+            unfuse(loaded)
+        return torch_step(loaded)
 
     return load
 
@@ -156,7 +160,9 @@ def transformers_bf16(model: Path) -> Step:
 LOADERS: dict[str, Callable[[Path], Step]] = {
     "fewbits int8": fewbits_model("int8"),
     "fewbits int8, int8 cache": fewbits_model("int8", "int8"),
+    "fewbits int8, as modules": fewbits_model("int8", fused=False),
     "fewbits int4": fewbits_model("int4"),
+    "fewbits int4, as modules": fewbits_model("int4", fused=False),
     "llama.cpp Q8_0": llama_cpp("q8_0"),
     "llama.cpp Q4_0": llama_cpp("q4_0"),
     "CTranslate2 int8": ctranslate2_int8,

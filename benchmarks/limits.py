@@ -12,7 +12,6 @@ from pathlib import Path
 
 BITS = {
     "fewbits int8": 8.0,
-    "fewbits int8, int8 cache": 8.0,
     "fewbits int4": 4.125,
     "llama.cpp Q8_0": 8.5,
     "llama.cpp Q4_0": 4.5,
