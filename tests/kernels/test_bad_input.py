@@ -21,9 +21,9 @@ from fewbits.models.linear import QuantHead, QuantLinear
 from fewbits.models.precision import precision_named
 from fewbits.tensors.quantized import quantize_weight
 
-PRECISIONS = ("int8", "head", "int8-weight", "int4", "nf4", "fp8")
+PRECISIONS = ("int8", "head", "int8-weight", "int4", "nf4", "mxfp4", "fp8")
 EVERY = pytest.mark.parametrize("precision", PRECISIONS)
-GROUPED = ("int8-weight", "int4", "nf4")
+GROUPED = ("int8-weight", "int4", "nf4", "mxfp4")
 
 
 @pytest.fixture(autouse=True)

@@ -53,6 +53,7 @@ WEIGHTS: dict[str, list[Weights]] = {
     "int4, floats": [("int4", None, 32, 0)],
     "int8, floats": [("int8", None, 32, 0)],
     "nf4": [("nf4", None, 32, 0)],
+    "mxfp4": [("e2m1fn", None, 32, 0)],
     "fp8": [("e4m3fn", "e4m3fn", None, 0)],
     "fp8, floats": [("e4m3fn", None, None, 0)],
     "one of each": [

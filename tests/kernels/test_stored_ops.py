@@ -13,7 +13,7 @@ from fewbits.tensors.quantized import quantize_weight
 EPS = torch.finfo(torch.float32).eps
 KINDS = [
     ("int8", None, "int8"), ("int8", 32, "int8"), ("int8", 32, None), ("int4", 32, "int8"), ("nf4", 64, None),
-    ("e4m3fn", None, "e4m3fn"),
+    ("e2m1fn", 32, None),    ("e4m3fn", None, "e4m3fn"),
 ]  # fmt: skip
 
 

@@ -22,7 +22,7 @@ EVERY = pytest.mark.parametrize("name", FAMILIES)
 WEIGHTS = "model.safetensors"
 EPS = torch.finfo(torch.float32).eps
 
-BOUNDS = {"int8": 0.065, "int8-weight": 0.05, "int4": 0.45, "fp8": 0.2}
+BOUNDS = {"int8": 0.065, "int8-weight": 0.05, "int4": 0.45, "mxfp4": 0.5, "fp8": 0.2}
 """Largest error of the output as a whole, relative to it: two layers of random weights add little to one."""
 
 
@@ -200,7 +200,7 @@ def test_experts_by_themselves_or_in_one_tensor(saved: Saved, in_int8: Callable,
     assert torch.equal(output(name, family.ours.from_pretrained(converted)), expected)
 
 
-@pytest.mark.parametrize("precision", ["int8", "int4", "int8-weight", "nf4", "fp8"])
+@pytest.mark.parametrize("precision", ["int8", "int4", "int8-weight", "nf4", "mxfp4", "fp8"])
 def test_a_missing_expert_is_refused(saved: Saved, tmp_path: Path, precision: str) -> None:
     folder = shutil.copytree(saved("mixtral"), tmp_path / "model")
     tensors = load_file(folder / WEIGHTS)

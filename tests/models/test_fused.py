@@ -171,7 +171,7 @@ def test_what_the_kernel_cannot_do_the_modules_do(saved: Saved, runs: list[int])
     assert runs == [0, 1]
 
 
-@pytest.mark.parametrize("precision", ["int8", "int8-weight", "int4", "nf4", "fp8"])
+@pytest.mark.parametrize("precision", ["int8", "int8-weight", "int4", "nf4", "mxfp4", "fp8"])
 def test_every_quantized_precision_has_its_kernel(saved: Saved, runs: list[int], precision: str) -> None:
     model, original = load(saved, precision=precision), load(saved, precision="fp32")
     fused = logits(model)

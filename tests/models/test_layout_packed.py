@@ -135,7 +135,8 @@ def test_saved_and_loaded_it_is_the_same_model(saved: Saved, tmp_path: Path) -> 
 def test_nf4_has_no_layout(tiny: Path, tmp_path: Path) -> None:
     model = load(tiny, precision="nf4")
     message = (
-        "nf4 has no layout that it could be saved in; load the original, .* in one of int8, int8-weight, int4, fp8"
+        "nf4 has no layout that it could be saved in; load the original, .* in one of "
+        "int8, int8-weight, int4, mxfp4, fp8"
     )
     with pytest.warns(UserWarning, match=message):
         assert not model.hf_quantizer.is_serializable()

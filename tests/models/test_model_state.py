@@ -18,7 +18,7 @@ from fewbits.models.linear import QuantLinear
 
 Saved = Callable[..., Path]
 NAMES = pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3", "t5", "bert-classifier", "mixtral"])
-PRECISIONS = pytest.mark.parametrize("precision", ["int8", "int8-weight", "int4", "nf4", "fp8"])
+PRECISIONS = pytest.mark.parametrize("precision", ["int8", "int8-weight", "int4", "nf4", "mxfp4", "fp8"])
 
 
 def load(saved: Saved, name: str, precision: str = "int8", **options: Any) -> Any:

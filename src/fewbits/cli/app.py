@@ -17,7 +17,7 @@ from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progres
 from fewbits.errors import FewbitsError
 
 INTERRUPTED = 130  # the exit code after Ctrl-C: 128 + SIGINT
-PRECISION = "int8, int8-weight, int4, nf4, fp8, bf16, fp16 or fp32; without it, as stored."
+PRECISION = "int8, int8-weight, int4, nf4, mxfp4, fp8, bf16, fp16 or fp32; without it, as stored."
 MODEL = "A Hub id, a folder, or a .gguf file."
 
 app = typer.Typer(

@@ -19,7 +19,10 @@ def convert(
     model: Annotated[str, typer.Argument(help=MODEL)],
     out: Annotated[Path, typer.Argument(help="The folder to write; of --layout gguf, the file.")],
     to: Annotated[
-        str, typer.Option(help="int8 (weights and activations), int8-weight, int4, fp8; or a cast: bf16, fp16, fp32.")
+        str,
+        typer.Option(
+            help="int8 (weights and activations), int8-weight, int4, mxfp4, fp8; or a cast: bf16, fp16, fp32."
+        ),
     ] = "int8",
     layout: Annotated[
         str, typer.Option(help="How it is written: compressed-tensors, bitsandbytes or gguf.")

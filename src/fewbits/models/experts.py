@@ -15,7 +15,7 @@ from fewbits.kernels.rotation import rotate
 from fewbits.models.linear import CodesModule, empty_codes
 from fewbits.models.precision import Precision
 from fewbits.models.quantized_matmul import pack_weight, quantized_linear, unpack_weight
-from fewbits.tensors.quantized import CODE_DTYPES, QuantizedTensor, is_packed
+from fewbits.tensors.quantized import CODE_DTYPES, QuantizedTensor, is_packed, scale_dtype_of
 
 
 def expert_weights(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -46,7 +46,8 @@ class QuantExperts(CodesModule):
         weights = expert_weights(experts)
         self.act_fn, self._family = experts.act_fn, type(experts)
         self.num_experts = next(iter(weights.values())).shape[0]
-        self.format, self._scale_dtype = precision.weights.name, scale_dtype
+        self.format = precision.weights.name
+        self._scale_dtype = scale_dtype_of(self.format, scale_dtype)
         self.activations = None if precision.activations is None else precision.activations.name
         self._widths = {name: (weight.shape[1], weight.shape[2]) for name, weight in weights.items()}
         self._rotations = {name: precision.rotation(weight.shape[2]) for name, weight in weights.items()}

@@ -18,7 +18,7 @@ from fewbits.kernels.packing import pack_int8
 from fewbits.kernels.rotation import rotate
 from fewbits.models.precision import Precision
 from fewbits.models.quantized_matmul import pack_weight, quantized_linear, unpack_weight
-from fewbits.tensors.quantized import CODE_DTYPES, QuantizedTensor, is_packed
+from fewbits.tensors.quantized import CODE_DTYPES, QuantizedTensor, is_packed, scale_dtype_of
 
 
 class CodesModule(nn.Module):
@@ -175,6 +175,7 @@ def empty_codes(shape: tuple[int, ...], precision: Precision, scale_dtype: torch
     *rows, K = shape
     columns = K // 2 if is_packed(precision.weights.name) else K
     codes = torch.empty((*rows, columns), dtype=CODE_DTYPES[precision.weights.name], device="meta")
+    scale_dtype = scale_dtype_of(precision.weights.name, scale_dtype)
     scales = torch.empty((*rows, precision.scales_per_channel(K)), dtype=scale_dtype, device="meta")
     return QuantizedTensor(codes, scales, precision.weights.name, precision.rotation(K))
 

@@ -49,8 +49,8 @@ class _AutoClass:
         Args:
             model: Hub id, folder (also one that ``fewbits.convert`` wrote), or ``.gguf`` file.
             model_args: For the model's constructor.
-            precision: ``fp32``, ``bf16``, ``fp16``, ``int8``, ``int8-weight``, ``int4``, ``nf4`` or ``fp8``; None: as
-                it is stored (block-quantized GGUF types are loaded in the model's 16-bit dtype).
+            precision: ``fp32``, ``bf16``, ``fp16``, ``int8``, ``int8-weight``, ``int4``, ``nf4``, ``mxfp4`` or ``fp8``;
+                None: as it is stored (block-quantized GGUF types are loaded in the model's 16-bit dtype).
             load_in_8bit: The same as ``precision="int8"``.
             load_in_4bit: The same as ``precision="int4"``.
             keep: Patterns of module names that are not quantized (``*`` matches anything).

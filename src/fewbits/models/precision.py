@@ -12,6 +12,7 @@ from torch import Tensor
 from fewbits.errors import FewbitsError
 from fewbits.formats import Format
 from fewbits.kernels.rotation import block_of
+from fewbits.tensors.quantized import has_power_scales
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,8 @@ class Precision:
         return block_of(K) if self.rotated else 0
 
     def weight_bytes(self, N: int, K: int, scale_bytes: int) -> int:
-        """Bytes of the codes and scales of a weight ``[N, K]``."""
+        """Bytes of the codes and scales of a weight ``[N, K]``; scales that are powers of two are stored in one."""
+        scale_bytes = 1 if has_power_scales(self.weights.name) else scale_bytes
         return N * (K * self.weights.bits // 8 + self.scales_per_channel(K) * scale_bytes)
 
     def scales_per_channel(self, K: int) -> int:
@@ -88,6 +90,7 @@ PRECISIONS = {
         _quantized("int8-weight", "int8", None, 128, "8-bit weights in groups, activations as they are"),
         _quantized("int4", "int4", "int8", 128, "4-bit weights in groups, 8-bit activations, a scale per token"),
         _quantized("nf4", "nf4", None, 64, "4-bit NormalFloat weights in groups, activations as they are"),
+        _quantized("mxfp4", "e2m1fn", None, 32, "4-bit floats, a power of two to 32 weights, activations as they are"),
         _quantized("fp8", "e4m3fn", "e4m3fn", None, "FP8 weights and activations, a scale per channel and token"),
     )
 }

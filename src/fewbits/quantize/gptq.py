@@ -37,7 +37,7 @@ def gptq(
     Args:
         weight: float ``[N, K]``.
         moments: Σ x xᵀ over the tokens that the layer was given, float32 ``[K, K]``.
-        format_name: ``int8``, ``int4``, ``e4m3fn`` or ``nf4``.
+        format_name: ``int8``, ``int4``, ``e4m3fn``, ``nf4`` or ``e2m1fn``.
         group_size: Input features that share a scale; it divides K. None: all of a channel.
         scale_dtype: float32, bfloat16 or float16.
         rotation: Block of input features to rotate first; 0: none.

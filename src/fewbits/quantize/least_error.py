@@ -10,8 +10,9 @@ from torch import Tensor
 
 from fewbits.errors import FewbitsError
 from fewbits.kernels.rotation import rotate
-from fewbits.tensors.quantized import QuantizedTensor, encode_scaled, nearest_values, step_for
+from fewbits.tensors.quantized import QuantizedTensor, encode_scaled, has_power_scales, nearest_values, step_for
 
+_POWERS = (0.5, 1.0, 2.0)  # of scales that are powers of two: those beside the usual one
 _CLIPPING = (*torch.linspace(0.6, 1.0, 21).tolist(), 1.05)
 """Fractions of the largest magnitude that a scale may be made for."""
 _AT_A_TIME = 2**22  # elements: scratch memory stays small
@@ -29,7 +30,7 @@ def least_error(
 
     Args:
         weight: float ``[N, K]``.
-        format_name: ``int8``, ``int4``, ``e4m3fn`` or ``nf4``.
+        format_name: ``int8``, ``int4``, ``e4m3fn``, ``nf4`` or ``e2m1fn``.
         group_size: Input features that share a scale; it divides K. None: all of a channel.
         scale_dtype: float32, bfloat16 or float16.
         rotation: Block of input features to rotate first; 0: none.
@@ -65,7 +66,7 @@ def least_error_scales(groups: Tensor, importance: Tensor, format_name: str, sca
     """
     amax, best = groups.abs().amax(2), None
     least = torch.full_like(amax, torch.inf)
-    for fraction in _CLIPPING:
+    for fraction in _POWERS if has_power_scales(format_name) else _CLIPPING:
         scales = step_for(amax * fraction, format_name, scale_dtype)
         steps = scales.float()[..., None]
         errors = ((nearest_values(groups / steps, format_name) * steps - groups).square() * importance).sum(2)

@@ -16,7 +16,9 @@ from fewbits.errors import FewbitsError
 from fewbits.kernels.rotation import MOST_BLOCK
 from fewbits.models.precision import PRECISIONS, Precision
 
-FORMATS = ("int-quantized", "pack-quantized", "float-quantized", "naive-quantized", "mixed-precision")
+FORMATS = (
+    "int-quantized", "pack-quantized", "float-quantized", "naive-quantized", "mxfp4-pack-quantized", "mixed-precision",
+)  # fmt: skip
 """The formats that are read; in all of them the names of the stored tensors tell how a weight lies."""
 
 ROTATION = {"matrix": "hadamard", "largest_block": MOST_BLOCK}
@@ -24,6 +26,7 @@ ROTATION = {"matrix": "hadamard", "largest_block": MOST_BLOCK}
 
 _STRATEGIES = ("channel", "group", "tensor", "block")
 _REGEX = "re:"
+_MX_GROUP = 32
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Scheme:
 
     Attributes:
         bits: Bits of a code, 8 or 4.
-        type: ``int``, or ``float`` for E4M3.
+        type: ``int``, or ``float`` for E4M3 and, in 4 bits, for MXFP4.
         strategy: What shares a scale: ``channel``, ``group``, ``tensor`` or ``block``.
         group_size: Input features of a group.
         block: Output channels and input features of a block.
@@ -51,11 +54,18 @@ class Scheme:
     rotated: bool = False
 
     @property
+    def is_mxfp4(self) -> bool:
+        """Whether codes are E2M1, two in a byte, and scales exponents."""
+        return (self.type, self.bits) == ("float", 4)
+
+    @property
     def precision(self) -> Precision | None:
         """The precision that codes and scales are of; None: there is none, and only the values can be taken."""
         if not self.symmetric or self.strategy == "block":
             return None
-        if self.type == "float":
+        if self.is_mxfp4:
+            known: Precision | None = PRECISIONS["mxfp4"]
+        elif self.type == "float":
             known = PRECISIONS["fp8"] if self.strategy != "group" and self.activations == "e4m3fn" else None
         elif self.bits == 8 and self.strategy != "group" and self.activations == "int8":
             known = PRECISIONS["int8"]
@@ -123,12 +133,12 @@ def _group(key: str, group: Any, named: str, path: object) -> tuple[list[str], S
         raise _refused(path, named, f"{key}.input_activations: static scales of activations are not read, dynamic are")
     scheme = _scheme(weights, inputs if isinstance(inputs, dict) else None)
     kind, strategy = (scheme.type, scheme.bits), scheme.strategy
-    if kind not in (("int", 8), ("int", 4), ("float", 8)):
-        raise _refused(
-            path, named, f"{key}.weights: {scheme.bits}-bit {scheme.type}; int of 8 and 4 and float of 8 can"
-        )
+    if kind not in (("int", 8), ("int", 4), ("float", 8), ("float", 4)):
+        raise _refused(path, named, f"{key}.weights: {scheme.bits}-bit {scheme.type}; int and float of 8 and 4 can")
     if strategy not in _STRATEGIES or weights.get("dynamic", False) is not False:
         raise _refused(path, named, f"{key}.weights: strategy {strategy!r}; {', '.join(_STRATEGIES)} can")
+    if scheme.is_mxfp4 and ((strategy, scheme.group_size) != ("group", _MX_GROUP) or not scheme.symmetric):
+        raise _refused(path, named, f"{key}.weights: 4-bit floats are read in symmetric groups of {_MX_GROUP} (MXFP4)")
     if strategy == "group" and not _is_positive(scheme.group_size):
         raise _refused(path, named, f"{key}.weights: group_size {scheme.group_size!r} is no number of input features")
     if strategy == "block" and (scheme.block is None or not all(map(_is_positive, scheme.block))):

@@ -6,7 +6,9 @@ Of a quantized layer X with weights ``[N, K]`` and G scales per channel it store
     fp8 (``float-quantized``)                   X.weight         float8_e4m3fn [N, K]
     int8-weight and int4 (``pack-quantized``)   X.weight_packed  int32 [N, words], see ``packed_words``
                                                 X.weight_shape   int64 [2]: N and K
-    all of them                                 X.weight_scale   float [N, G], in the model's own 16- or 32-bit dtype
+    all of these                                X.weight_scale   float [N, G], in the model's own 16- or 32-bit dtype
+    mxfp4 (``mxfp4-pack-quantized``)            X.weight_packed  uint8 [N, K/2], the first of two codes in the low half
+                                                X.weight_scale   uint8 [N, K/32], exponents of two with a bias of 127
 
 and ``config.json`` says so in ``quantization_config``. Activations are quantized at run time, so nothing is stored for
 them. Biases, norms, embeddings and the layers under ``ignore`` are stored as in any other checkpoint. Stacked experts
@@ -27,6 +29,7 @@ from torch import Tensor
 
 from fewbits.models.layouts.compressed_schemes import ROTATION, schemes_of
 from fewbits.models.layouts.compressed_weight import CODES, PACKED, SCALE, SHAPE, ZERO_POINT, stored_weight
+from fewbits.models.layouts.exponents import exponents_of
 from fewbits.models.layouts.packed_words import pack_words, words_in
 from fewbits.models.layouts.stored_weight import StoredWeight
 from fewbits.models.precision import Precision
@@ -34,7 +37,7 @@ from fewbits.models.source import Source
 from fewbits.tensors.quantized import CODE_DTYPES, QuantizedTensor
 
 NAME = "compressed-tensors"
-WRITES = ("int8", "int8-weight", "int4", "fp8")
+WRITES = ("int8", "int8-weight", "int4", "mxfp4", "fp8")
 """Precisions that this layout can say."""
 
 ROTATED = "fewbits"
@@ -48,6 +51,7 @@ _FORMATS = {
     "int8": "int-quantized",
     "int8-weight": "pack-quantized",
     "int4": "pack-quantized",
+    "mxfp4": "mxfp4-pack-quantized",
     "fp8": "float-quantized",
 }
 
@@ -61,12 +65,14 @@ def quantization_config(precision: Precision, ignore: Sequence[str]) -> dict[str
     """
     weights = {
         "num_bits": precision.weights.bits,
-        "type": "float" if precision.name == "fp8" else "int",
+        "type": "float" if precision.name in ("fp8", "mxfp4") else "int",
         "symmetric": True,
         "strategy": "channel" if precision.group_size is None else "group",
         "dynamic": False,
         "group_size": precision.group_size,
     }
+    if precision.name == "mxfp4":
+        weights["scale_dtype"] = "torch.uint8"
     tokens = {**weights, "strategy": "token", "dynamic": True}
     group = {
         "targets": ["Linear"],
@@ -99,6 +105,9 @@ def entries(
         dtype: The dtype of its scales.
     """
     *rows, K = shape
+    if precision.name == "mxfp4":
+        halves, exponents = (*rows, K // 2), (*rows, precision.scales_per_channel(K))
+        return {f"{name}{PACKED}": (torch.uint8, halves), f"{name}{SCALE}": (torch.uint8, exponents)}
     scales = {f"{name}{SCALE}": (dtype, (*rows, precision.scales_per_channel(K)))}
     if not _is_packed(precision):
         return {name: (CODE_DTYPES[precision.weights.name], shape), **scales}
@@ -114,6 +123,8 @@ def store(name: str, weight: QuantizedTensor, precision: Precision) -> dict[str,
         weight: Codes and scales.
         precision: Its precision.
     """
+    if precision.name == "mxfp4":
+        return {f"{name}{PACKED}": weight.codes, f"{name}{SCALE}": exponents_of(weight.scales)}
     scales = {f"{name}{SCALE}": weight.scales}
     if not _is_packed(precision):
         return {name: weight.codes, **scales}

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fewbits.errors import FewbitsError
 from fewbits.models.layouts.compressed_schemes import Scheme
+from fewbits.models.layouts.exponents import powers_of_two
 from fewbits.models.layouts.packed_words import unpack_words, words_in
 from fewbits.models.layouts.stored_weight import SCALE_DTYPES, StoredWeight, check_dtype, check_shape, part_of
 from fewbits.models.source import Source, StoredTensor
@@ -25,7 +26,7 @@ PACKED, SCALE, SHAPE, ZERO_POINT = "_packed", "_scale", "_shape", "_zero_point"
 CODES = {"I8": "int", "F8_E4M3": "float"}
 """The dtypes of codes that are not packed, and the type that a scheme has for them."""
 
-_WORDS = {"I32": "int"}
+_WORDS, _BYTES = {"I32": "int"}, {"U8": "float"}
 _IN_WORDS = ("channel", "group")  # the strategies whose zero points are packed if the codes are
 _BESIDE = ("_g_idx", "_global_scale")  # other ways to compute a weight from its codes
 
@@ -47,7 +48,8 @@ def stored_weight(source: Source, name: str, codes: StoredTensor, scheme: Scheme
     if len(codes.shape) < 2:
         raise FewbitsError(f"{path}: {codes.name} has shape {list(codes.shape)}, no matrix of codes; download it again")
     is_packed = codes.name.endswith(PACKED)
-    kinds = _WORDS if is_packed else {dtype: kind for dtype, kind in CODES.items() if kind == scheme.type}
+    packed_kinds = _BYTES if scheme.is_mxfp4 else _WORDS
+    kinds = packed_kinds if is_packed else {dtype: kind for dtype, kind in CODES.items() if kind == scheme.type}
     check_dtype(codes, kinds, path)
     for suffix in _BESIDE:
         if f"{name}{suffix}" in tensors:
@@ -61,7 +63,7 @@ def stored_weight(source: Source, name: str, codes: StoredTensor, scheme: Scheme
     precision = None if scheme.bits == 4 and shape[-1] % 2 else scheme.precision  # two codes share a byte
     reader = _Reader(name, codes.name, shape, scheme)
     load = reader.values if precision is None else reader.codes_and_scales
-    return StoredWeight(name, shape, parts, precision, scales.stored_as, load)
+    return StoredWeight(name, shape, parts, precision, "BF16" if scheme.is_mxfp4 else scales.stored_as, load)
 
 
 def _checked_scales(
@@ -70,7 +72,7 @@ def _checked_scales(
     """The scales of a weight, checked, and its zero points too."""
     path, tensors = source.path, source.tensors
     scales = part_of(codes.name, f"{name}{SCALE}", tensors, path)
-    check_dtype(scales, SCALE_DTYPES, path)
+    check_dtype(scales, _BYTES if scheme.is_mxfp4 else SCALE_DTYPES, path)
     if scheme.strategy == "group" and shape[-1] % (scheme.group_size or 1):
         raise FewbitsError(
             f"{path}: {name} has {shape[-1]} input features, no multiple of the group size {scheme.group_size} in "
@@ -87,7 +89,9 @@ def _checked_scales(
 
 
 def _unpacked_shape(source: Source, name: str, packed: StoredTensor, scheme: Scheme) -> tuple[int, ...]:
-    """The shape that ``X.weight_shape`` says, checked against the words."""
+    """The shape that ``X.weight_shape`` says, checked against the words; of bytes it is theirs."""
+    if scheme.is_mxfp4:
+        return *packed.shape[:-1], packed.shape[-1] * 2
     if scheme.type != "int":
         raise FewbitsError(f"{source.path}: {packed.name} holds words, but its scheme is of floats; download it again")
     stored = part_of(packed.name, f"{name}{SHAPE}", source.tensors, source.path)
@@ -132,6 +136,8 @@ class _Reader:
         if self.scheme.bits == 4 and codes.dtype == torch.int8:
             codes = pack_codes(codes.view(torch.uint8) & 15)
         scales = source.read(f"{self.name}{SCALE}")
+        if self.scheme.is_mxfp4:
+            scales = powers_of_two(scales)
         if self.scheme.strategy == "tensor":
             scales = scales.flatten().repeat(math.prod(rows))
         assert self.scheme.precision is not None, self.scheme
@@ -150,6 +156,8 @@ class _Reader:
 
     def _read_codes(self, source: Source) -> Tensor:
         stored = source.read(self.codes)
+        if self.scheme.is_mxfp4:
+            return stored
         return unpack_words(stored, self.scheme.bits, self.shape[-1]) if self.codes.endswith(PACKED) else stored
 
     def _zero_points(self, source: Source, shape: torch.Size) -> Tensor:
@@ -176,4 +184,6 @@ class _Reader:
 
 
 def _format_of(scheme: Scheme) -> str:
+    if scheme.is_mxfp4:
+        return "e2m1fn"
     return "e4m3fn" if scheme.type == "float" else "int8" if scheme.bits == 8 else "int4"
