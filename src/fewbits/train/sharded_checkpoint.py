@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -13,6 +15,8 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from fewbits.errors import FewbitsError
 from fewbits.train.mixed_precision import MixedPrecision
 from fewbits.train.optimizer import TorchStep
+
+_HISTORY = "mixed_precision.history."
 
 
 def save_sharded(mp: MixedPrecision, folder: str | Path, **more: Any) -> None:
@@ -48,14 +52,18 @@ def load_sharded(mp: MixedPrecision, folder: str | Path, **more: Any) -> dict[st
         # Only what is there can be filled: this makes the optimizer's state, without changing weights.
         get_optimizer_state_dict(mp.model, mp.optimizer)
     state = {"mixed_precision": mp.state_dict(), **more}
-    _check_names(state, folder)
+    saved = FileSystemReader(folder).read_metadata().state_dict_metadata
+    for name, tensor in saved.items():  # a run that has made no step has no history yet to be filled
+        if name.startswith(_HISTORY) and isinstance(tensor, TensorStorageMetadata):
+            empty = torch.zeros(tensor.size, dtype=tensor.properties.dtype)
+            state["mixed_precision"]["history"].setdefault(name.removeprefix(_HISTORY), empty)
+    _check_names(state, set(saved), folder)
     load(state, checkpoint_id=folder)
     mp.load_state_dict(state.pop("mixed_precision"))
     return state
 
 
-def _check_names(state: dict[str, Any], folder: str | Path) -> None:
-    saved = set(FileSystemReader(folder).read_metadata().state_dict_metadata)
+def _check_names(state: dict[str, Any], saved: set[str], folder: str | Path) -> None:
     missing = sorted(set(_leaves(state)) - saved)
     if missing:
         raise FewbitsError(
