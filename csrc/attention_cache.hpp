@@ -18,8 +18,8 @@
 
 namespace {
 
-constexpr int64_t kChunk = 64;     // positions, whose keys and values stay in L1
-constexpr int kRowsAtOnce = 4;     // queries
+constexpr int64_t kChunk = 64;  // positions, whose keys and values stay in L1
+constexpr int kRowsAtOnce = 4;  // queries
 
 struct CachedBf16 {
   uint16_t bits;
@@ -33,13 +33,15 @@ template <class T>
 inline __attribute__((always_inline)) FloatLanes load_widened(const T* from) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(T) == 1)
-    return (FloatLanes)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+    return (FloatLanes)_mm512_cvtepi32_ps(
+        _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
   if constexpr (sizeof(T) == 2)
-    return (FloatLanes)_mm512_castsi512_ps(_mm512_slli_epi32(
-        _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))), 16));
+    return (FloatLanes)_mm512_castsi512_ps(
+        _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))), 16));
 #elif defined(__AVX2__)
   if constexpr (sizeof(T) == 1)
-    return (FloatLanes)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+    return (FloatLanes)_mm256_cvtepi32_ps(
+        _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
   if constexpr (sizeof(T) == 2)
     return (FloatLanes)_mm256_castsi256_ps(
         _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))), 16));

@@ -15,7 +15,7 @@ enum class CacheType : int32_t { kFloat32, kBFloat16, kInt8 };
 // Keys or values [B, G, ≥ S, D]; the channels of a token lie together.
 struct CacheTensor {
   void* data;
-  float* scales;  // of int8 codes, whose tokens are adjacent: laid out as they are, one for D codes
+  float* scales;               // of int8 codes, whose tokens are adjacent: laid out as they are, one for D codes
   int64_t batch, head, token;  // strides in elements
 };
 
@@ -39,7 +39,7 @@ struct Attention {
   float scale;
 
   int64_t S() const { return past + T; }
-  int64_t repeats() const { return Q / G; }        // queries of a token that share a key head
+  int64_t repeats() const { return Q / G; }       // queries of a token that share a key head
   int64_t rows() const { return T * repeats(); }  // of a key head; row r is token r / repeats
   // How many positions token t may see, but for the mask.
   int64_t limit(int64_t t) const { return mask || !causal ? S() : past + t + 1; }

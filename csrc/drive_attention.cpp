@@ -7,8 +7,8 @@
 namespace fewbits {
 namespace {
 
-constexpr int64_t kFewQueries = 16;        // of a key head: more are worth transposing the keys,
-constexpr int64_t kMostQueries = 128;      // but not where there are too few blocks of queries for the threads
+constexpr int64_t kFewQueries = 16;         // of a key head: more are worth transposing the keys,
+constexpr int64_t kMostQueries = 128;       // but not where there are too few blocks of queries for the threads
 constexpr int64_t kWorthAThread = 1 << 16;  // multiply-adds
 
 }  // namespace

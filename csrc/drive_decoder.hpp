@@ -23,7 +23,7 @@ struct DecoderCall {
   int64_t R, rotary_batch;
   CacheType cache;
   CacheTensor keys, values;  // [B, G, ≥ past + T, D]; the new tokens are written there
-  const uint8_t* mask;  // [B, T, past + T] or null
+  const uint8_t* mask;       // [B, T, past + T] or null
   int64_t mask_batch, mask_row;
 };
 
