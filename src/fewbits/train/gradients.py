@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewbits.kernels import adamw as kernels
 from fewbits.train.storage import STATE_CODES
@@ -103,3 +105,38 @@ def _sum_of_squares(x: Tensor) -> Tensor:
         half = sums.shape[1] // 2
         sums = sums[:, :half] + sums[:, half:]
     return sums[:, 0].cumsum(0)[-1] if len(sums) else squares.new_zeros(())
+
+
+_SLICE = 1 << 18  # elements that are widened at a time: they stay in the cache
+
+
+@contextmanager
+def added_up(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """A backward pass in this context adds to the gradients that are there, in float32.
+
+    PyTorch's engine adds 16 bits to 32 at a fifth of the speed; so it finds no gradient where it would have to.
+    """
+    sums: list[tuple[nn.Parameter, Tensor]] = []
+    for param in parameters:
+        if param.grad is not None and param.grad.dtype in (torch.float16, torch.bfloat16):
+            param.grad = param.grad.float()
+        if param.grad is not None and param.grad_dtype is None and param.device.type == "cpu":
+            sums.append((param, param.grad))
+            param.grad = None
+    try:
+        yield
+    finally:
+        for param, total in sums:
+            if param.grad is not None:
+                add_wide(total, param.grad)
+            param.grad = total
+
+
+@torch.no_grad()
+def add_wide(total: Tensor, more: Tensor) -> None:
+    """``total += more`` in float32, widened slice by slice."""
+    if more.dtype == torch.float32 or not (total.is_contiguous() and more.is_contiguous()):
+        total.add_(more)
+        return
+    for start in range(0, total.numel(), _SLICE):
+        total.view(-1)[start : start + _SLICE].add_(more.view(-1)[start : start + _SLICE].float())

@@ -35,7 +35,7 @@ from fewbits.train.arguments import (
     check_state,
     kept_names,
 )
-from fewbits.train.gradients import Culprit, Reading, gradient_stats, reading_of
+from fewbits.train.gradients import Culprit, Reading, added_up, gradient_stats, reading_of
 from fewbits.train.lint import lint
 from fewbits.train.loss_scale import LossScale
 from fewbits.train.optimizer import AdamWSweep, TorchStep, Updater
@@ -152,13 +152,12 @@ class MixedPrecision:
         check_loss(loss)
         if not self._forwards:
             raise FewbitsError("backward() before forward(): compute the loss inside `with mp.forward():`")
-        if self._backwards:
-            self._widen_gradients()
         value = float(loss.detach())
         if value != value or value in (float("inf"), float("-inf")):
             self._bad_losses.append(Culprit("loss", int(value == value), int(value != value)))
         self._backwards += 1
-        self._run_backward(loss.float() * self._scale.scale)
+        with added_up(self._parameters.values()):
+            self._run_backward(loss.float() * self._scale.scale)
 
     def _run_backward(self, scaled: Tensor) -> None:
         """``scaled.backward()`` with the policy on: checkpointed activations are computed again by it.
@@ -168,11 +167,6 @@ class MixedPrecision:
         one = torch.ones_like(scaled)
         with self.policy.entered():
             _engine_run_backward((scaled,), (one,), False, False, (), allow_unreachable=True, accumulate_grad=True)
-
-    def _widen_gradients(self) -> None:
-        for param in self._parameters.values():
-            if param.grad is not None and param.grad.dtype in (torch.float16, torch.bfloat16):
-                param.grad = param.grad.float()
 
     def step(self, max_grad_norm: float | None = None) -> Step:
         """Apply the gradients, unless any is not finite, and clear them.
