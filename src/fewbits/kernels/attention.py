@@ -50,7 +50,7 @@ def reference(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sc
         ends = range(S - T + 1, S + 1)
         each = [reference(query[:, :, t : t + 1], key[:, :, :end], value[:, :, :end], None, scale, False)
                 for t, end in enumerate(ends)]  # fmt: skip
-        return torch.cat(each, 1)
+        return torch.cat(each, 1).contiguous()
     scores = (query.float() * scale) @ keys.mT
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
