@@ -8,8 +8,8 @@ once, one after the other, and the best round of each counts. All contenders are
 steps   a step of 4 × 256 tokens: fewbits in fp32, fp16, bf16 and fp8, torch in fp32 and under autocast in bf16, all
         with clipping and AdamW, torch's fused
 micro   the same tokens in 4 micro-batches: fewbits in bf16, torch under autocast in bf16
-fp16    fewbits in fp16 and torch's autocast in fp16 with its GradScaler, on few tokens, since torch takes minutes for
-        4 × 256 where the CPU has no fp16; `--full-fp16` takes those minutes
+fp16    fewbits in fp16 and torch's autocast in fp16 with its GradScaler, on one sequence, since torch takes minutes
+        for all where the CPU has no fp16; `--full-fp16` takes those minutes
 sweep   what follows the gradients: fewbits' step(), and torch's unscale_, clip_grad_norm_, fused AdamW, and the cast
         of the weights for the next forward pass
 bytes   of weights, their copies, gradients and states per parameter: storages that live before a step
