@@ -25,7 +25,7 @@ demo: $(INT8)/config.json build/compare.txt
 	@echo 'What is the capital of France?'
 	@$(BIN)/fewbits generate $(INT8) "What is the capital of France?"
 
-# make lint   ruff, clang-format, mypy; Biome and tsc for the page of fewbits explore
+# make lint   ruff, clang-format, mypy; Biome and tsc for the JavaScript of the pages
 lint: .venv/dev lint-page
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -34,7 +34,7 @@ lint: .venv/dev lint-page
 
 lint-page:
 	@if command -v npm > /dev/null; then $(MAKE) --no-print-directory node_modules/made && npm run --silent lint; \
-	else echo 'lint-page: npm is not installed, so the JavaScript of the explore page is not checked'; fi
+	else echo 'lint-page: npm is not installed, so the JavaScript of the pages is not checked'; fi
 
 # make browser  install Chromium for the tests of the page, where apt-get may
 browser:

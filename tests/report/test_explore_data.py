@@ -8,11 +8,12 @@ import pytest
 
 from fewbits.formats import Format, names
 from fewbits.formats.dialects import DIALECTS
-from fewbits.report import explore_page
+from fewbits.report import one_file
 from fewbits.report.explore import GROUPS, MODELS, STORED, TRAININGS, page_data
-from fewbits.report.explore_page import bundle, page_html, write_page
+from fewbits.report.explore_page import page_html, write_page
+from fewbits.report.one_file import bundle
 
-PAGE = Path(explore_page.__file__).parent / "page"
+REPORT = Path(one_file.__file__).parent
 
 
 def test_the_formats_are_those_of_the_catalog() -> None:
@@ -71,26 +72,31 @@ def test_parameters_follow_from_the_shape() -> None:
     assert [sum(size for _, size in training.parts) for training in TRAININGS[:3]] == [16, 18, 17]
 
 
-def test_every_module_is_in_the_page_once() -> None:
-    script = bundle("main")
-    modules = {path.stem for path in PAGE.glob("*.js")}
+@pytest.mark.parametrize("folder", ["page"])
+def test_every_module_is_in_the_page_once(folder: str) -> None:
+    script = bundle(folder, "main")
+    modules = {f"{path.parent.name}_{path.stem}" for path in (REPORT / folder).glob("*.js")} | {"page_base_dom"}
     assert {name for name in modules if f"const module_{name} = " in script} == modules
     assert all(script.count(f"const module_{name} = ") == 1 for name in modules)
+
+
+def test_the_page_refers_to_nothing() -> None:
     html = page_html(page_data())
     assert "src=" not in html.replace("default-src", "")
+    assert '<link rel="stylesheet"' not in html
     assert "default-src 'none'" in html
 
 
 def test_a_form_that_cannot_be_put_together_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "page").mkdir()
-    monkeypatch.setattr(explore_page, "files", lambda _: tmp_path)
+    monkeypatch.setattr(one_file, "files", lambda _: tmp_path)
     for name, text in (("main", "export default 3;\n"), ("a", 'import { b } from "./b.js";\n')):
         (tmp_path / f"page/{name}.js").write_text(text)
     (tmp_path / "page/b.js").write_text('import { a } from "./a.js";\n')
     with pytest.raises(AssertionError, match="export default"):
-        bundle("main")
-    with pytest.raises(AssertionError, match="a > b > a"):
-        bundle("a")
+        bundle("page", "main")
+    with pytest.raises(AssertionError, match="page/a > page/b > page/a"):
+        bundle("page", "a")
 
 
 def test_a_page_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
 // 3. Blocks: 32 values that share scales. One is dragged up, the scale follows it, and the others lose their bits.
 
+import { byId, h, onWidth, s, select, slider } from "../page_base/dom.js";
 import { data, named } from "./data.js";
-import { byId, h, onWidth, s, select, slider } from "./dom.js";
 import { approximate } from "./literal.js";
 import { fromNumber } from "./rational.js";
 import { strip } from "./strip_view.js";

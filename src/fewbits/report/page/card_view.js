@@ -1,7 +1,7 @@
 // One number in one format: its bits as buttons, what the format keeps of it, and where it lies between its neighbours.
 
+import { h, s } from "../page_base/dom.js";
 import { decode, encode, finite, fraction, neighbours, ulp } from "./codec.js";
-import { h, s } from "./dom.js";
 import { approximate, exactly, hexadecimal, percent } from "./literal.js";
 import { abs, div, sub, toNumber } from "./rational.js";
 

@@ -1,7 +1,7 @@
 // What fewbits has put into the page: the catalog and the rest of page_data(), and formats found by name.
 
+import { byId } from "../page_base/dom.js";
 import { parse } from "./by_name.js";
-import { byId } from "./dom.js";
 import { Format } from "./format.js";
 
 /** @typedef {import("./format.js").Row} Row */

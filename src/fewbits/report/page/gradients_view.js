@@ -1,7 +1,7 @@
 // 4. A histogram of gradients, and the loss scale as a slider: what underflows, what overflows, which scales work.
 
+import { byId, h, onWidth, s, select, slider } from "../page_base/dom.js";
 import { data, named } from "./data.js";
-import { byId, h, onWidth, s, select, slider } from "./dom.js";
 import { powerOfTwo } from "./literal.js";
 import { judge, scaleWindow, zones } from "./training.js";
 

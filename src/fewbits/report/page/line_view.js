@@ -1,8 +1,8 @@
 // 2. The number line: every value of a format is a tick. Where ticks would touch, their density is a shade instead.
 
+import { byId, h, onWidth, s, toggles } from "../page_base/dom.js";
 import { ordinals, ordinalValue } from "./codec.js";
 import { named } from "./data.js";
-import { byId, h, onWidth, s, toggles } from "./dom.js";
 import { toNumber } from "./rational.js";
 
 /** @typedef {import("./format.js").Format} Format */

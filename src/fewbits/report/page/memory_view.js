@@ -1,7 +1,7 @@
 // 5. What fits: a bar for each precision against the memory that there is.
 
+import { byId, h, select, slider } from "../page_base/dom.js";
 import { data, named } from "./data.js";
-import { byId, h, select, slider } from "./dom.js";
 import { bitsPerWeight, cacheBytes, weightBytes } from "./memory.js";
 
 const GIB = 2 ** 30;

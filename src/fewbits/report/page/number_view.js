@@ -1,9 +1,9 @@
 // 1. A number in every format: the text that is typed, the rules, and a card for each format.
 
+import { byId, h, select } from "../page_base/dom.js";
 import { card } from "./card_view.js";
 import { finite } from "./codec.js";
 import { data, named, scalars } from "./data.js";
-import { byId, h, select } from "./dom.js";
 import { exactly, parse } from "./literal.js";
 
 /** @typedef {import("./format.js").Format} Format */

@@ -1,6 +1,6 @@
 // A small line chart: paths over an axis, with a name to each.
 
-import { s } from "./dom.js";
+import { s } from "../page_base/dom.js";
 
 /** @typedef {{ name: string, kind: string, values: readonly number[] }} Line */
 

@@ -1,8 +1,8 @@
 // 2. Range against precision: a row for each format, as long as the powers of two that it spans, as high as its
 // significant bits. Below the smallest normal value the row tapers: a bit less for each power of two.
 
+import { byId, onWidth, s } from "../page_base/dom.js";
 import { catalog, named } from "./data.js";
-import { byId, onWidth, s } from "./dom.js";
 import { span } from "./spans.js";
 
 /** @typedef {import("./spans.js").Span} Span */

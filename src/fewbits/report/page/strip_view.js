@@ -1,8 +1,8 @@
 // What one scheme makes of the 32 values: its scales, the values kept over the original ones, the codes, the error.
 
+import { h, s } from "../page_base/dom.js";
 import { store } from "./block.js";
 import { data } from "./data.js";
-import { h, s } from "./dom.js";
 import { approximate, exactly, hexadecimal } from "./literal.js";
 import { fromNumber, toNumber } from "./rational.js";
 

@@ -1,7 +1,7 @@
 // 4. What goes wrong in training: a sum of ones, and an update beside a large weight.
 
+import { byId, onWidth, select, slider, toggles } from "../page_base/dom.js";
 import { named } from "./data.js";
-import { byId, onWidth, select, slider, toggles } from "./dom.js";
 import { powerOfTwo } from "./literal.js";
 import { legend, plot } from "./plot.js";
 import { sumOfOnes, updates } from "./training.js";
