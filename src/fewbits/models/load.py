@@ -15,6 +15,7 @@ from fewbits.models.attention import use_attention
 from fewbits.models.filling import Progress
 from fewbits.models.int8_cache import check_kv_cache, use_int8_cache
 from fewbits.models.loading import Loading
+from fewbits.models.outliers import keep_outliers_apart
 from fewbits.models.precision import TORCH_DTYPES, Precision, precision_named
 from fewbits.models.quantized_source import as_weights
 from fewbits.models.source import Source, open_source
@@ -37,6 +38,7 @@ class _AutoClass:
         load_in_4bit: bool = False,
         keep: Sequence[str] = (),
         rotate: bool = True,
+        llm_int8_threshold: float | None = None,
         dtype: torch.dtype | str | None = None,
         kv_cache: str | None = None,
         revision: str | None = None,
@@ -56,6 +58,8 @@ class _AutoClass:
             keep: Patterns of module names that are not quantized (``*`` matches anything).
             rotate: Let layers with 8-bit activations rotate them, and their weights, which spreads outliers: several
                 times as accurate, at 1 to 3 % of the time.
+            llm_int8_threshold: Instead of rotating, int8 layers multiply activations from this magnitude on in float
+                (LLM.int8(); 6.0 is usual). Slower, and less accurate than rotating; None: they do not.
             dtype: What is computed in between quantized layers; None: float32. With a cast precision it is the cast's.
             kv_cache: ``int8``: keys and values are kept in int8 with a scale for each head and token, in a quarter of
                 float32's memory; None: as they are computed.
@@ -86,12 +90,15 @@ class _AutoClass:
         source = as_weights(open_source(model, revision=revision, trust_remote_code=trust_remote_code, **hub))
         config = _configuration(source, kwargs)
         theirs = transformers.AutoModelForCausalLM if _has_head(source, cls._theirs) else cls._theirs
+        rotate = rotate and llm_int8_threshold is None
         own_attention = kwargs.get("attn_implementation") is not None
         loading = Loading(theirs, source, config, wanted, dtype, keep, rotate, progress, kwargs.get("key_mapping"))
         loaded = loading.run(model_args, kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if loading.quantized and not own_attention:
             use_attention(model)
+        if llm_int8_threshold is not None:
+            keep_outliers_apart(model, llm_int8_threshold)
         if kv_cache is not None:
             use_int8_cache(model)
         return loaded
