@@ -5,7 +5,8 @@
                          |  2  its layers are quantized by GPTQ
                          |  3  its quantized self gives the next block's inputs
 
-One block and its inputs are in memory at a time, and what has been quantized and not been taken yet.
+One block and its inputs are in memory at a time, and what has been quantized and not been taken yet. The inputs of the
+next block are kept in the folder that is being written, so that a calibration that was interrupted goes on there.
 
 Letters: W windows, T tokens in each, H hidden features, K input features of a layer.
 """
@@ -13,12 +14,15 @@ Letters: W windows, T tokens in each, H hidden features, K input features of a l
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fewbits.errors import FewbitsError
@@ -69,7 +73,7 @@ class Calibration:
         model: transformers.PreTrainedModel,
         places: Mapping[str, Place],
         weights: Mapping[str, Weight],
-        precision: Precision,
+        precisions: Mapping[str, Precision],
         scale_dtype: torch.dtype,
         windows: Tensor,
         progress: Callable[[int, int], None] | None = None,
@@ -81,7 +85,7 @@ class Calibration:
             model: The model, on the meta device; it is copied.
             places: Where each stored tensor goes.
             weights: The weights to quantize, by stored name.
-            precision: To what.
+            precisions: To what, by stored name.
             scale_dtype: Of their scales.
             windows: Token ids ``[W, T]``.
             progress: Called with blocks done and blocks in all.
@@ -89,11 +93,16 @@ class Calibration:
         Raises:
             FewbitsError: If the model is not one stack of blocks, or its checkpoint holds weights in other pieces.
         """
-        self._source, self._precision, self._scale_dtype = source, precision, scale_dtype
+        self._source, self._precisions, self._scale_dtype = source, precisions, scale_dtype
         self._windows, self._progress = windows, progress
         self._model = copy.deepcopy(model).eval().requires_grad_(False)
         self._stored = {place.parameter: name for name, place in places.items()}
         self._prefix, self._blocks = _blocks_of(self._model)
+        self._block_of = {
+            name: int(parameter.removeprefix(self._prefix).split(".")[0])
+            for parameter, name in self._stored.items()
+            if parameter.startswith(self._prefix)
+        }
         self._quantized_here = {weight.parameter: name for name, weight in weights.items()}
         for name, weight in weights.items():
             if places[name].converter is not None or weight.kind != "linear":
@@ -102,9 +111,43 @@ class Calibration:
                     "cannot be calibrated, convert without it"
                 )
         self._made: dict[str, QuantizedTensor] = {}
+        self._folder: Path | None = None
         self._next = 0
         self._inputs: list[Tensor] = []
         self._arguments: dict[str, Any] = {}
+
+    def resume(self, folder: Path, done: Callable[[str], bool]) -> None:
+        """Keep what the next block is given in a folder, and go on with what an earlier run kept there.
+
+        Args:
+            folder: The folder that is being written.
+            done: Whether a step was recorded in it; see ``kept_for``.
+        """
+        self._folder = folder
+        for index in reversed(range(1, len(self._blocks))):
+            if not done(self.kept_for(index)):
+                continue
+            try:
+                inputs = load_file(folder / self.kept_for(index))["inputs"]
+            except (OSError, SafetensorError):  # then all blocks are calibrated again
+                return
+            self._catch_inputs()  # for the arguments beside the inputs
+            self._next, self._inputs = index, list(inputs.split(1))
+            return
+
+    def kept_for(self, index: int) -> str:
+        """The file, and the recorded step, of what a block is given: all blocks before it are written then."""
+        return f".calibration-{index}"
+
+    def forget(self, until: int | None = None) -> None:
+        """Remove what blocks before this one were given; None: what all were."""
+        if self._folder is not None:
+            for index in range(1, len(self._blocks) if until is None else until):
+                (self._folder / self.kept_for(index)).unlink(missing_ok=True)
+
+    def block_of(self, name: str) -> int | None:
+        """The block that a stored tensor is in; None: in none."""
+        return self._block_of.get(name)
 
     def holds(self, name: str) -> bool:
         """Whether a stored weight lies in a block."""
@@ -120,7 +163,7 @@ class Calibration:
         return self._made.pop(name)
 
     def _run_block(self) -> None:
-        if self._next == 0:
+        if not self._inputs:
             self._catch_inputs()
         index = self._next
         path, block = f"{self._prefix}{index}.", copy.deepcopy(self._blocks[index])
@@ -133,11 +176,16 @@ class Calibration:
                 layer.weight = nn.Parameter(made.dequantize(), requires_grad=False)
         self._inputs = [self._through(block, x) for x in self._inputs]
         self._next += 1
+        if self._folder is not None and self._next < len(self._blocks):
+            kept = self._folder / self.kept_for(self._next)
+            save_file({"inputs": torch.cat(self._inputs)}, kept)
+            with kept.open("rb") as file:
+                os.fsync(file.fileno())
         if self._progress is not None:
             self._progress(self._next, len(self._blocks))
 
     def _quantized(self, name: str, weight: Tensor, moments: Tensor) -> QuantizedTensor:
-        precision = self._precision
+        precision = self._precisions[name]
         try:
             return gptq(
                 weight, moments, precision.weights.name,

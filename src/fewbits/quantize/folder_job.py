@@ -46,7 +46,7 @@ class FolderJob:
     Attributes:
         source: The model.
         layout: How quantized weights are stored: a module as ``FOLDER_LAYOUTS`` has them.
-        precision: What they become, groups fitted.
+        precision: What they become, groups fitted; where they differ, one of them.
         dtype: What the rest is stored in, and the scales.
         manifest: What happens to each tensor.
         places: Where each stored tensor goes in the model.
@@ -55,6 +55,7 @@ class FolderJob:
         allow_nonfinite: Whether NaN and Inf may be written where the source has them.
         method: How codes and scales are found; see ``convert``.
         calibration: What gives the weights of blocks, with gptq.
+        mixed: What each module becomes, where they differ; None: all become the same.
     """
 
     source: Source
@@ -68,6 +69,7 @@ class FolderJob:
     allow_nonfinite: bool
     method: str = "absmax"
     calibration: Calibration | None = None
+    mixed: Mapping[str, Precision] | None = None
 
     def write_config(self, model: transformers.PreTrainedModel, folder: Path) -> None:
         """Write what transformers reads before it reads weights."""
@@ -77,15 +79,32 @@ class FolderJob:
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         if not self.precision.cast:
-            rows = [row.tensor for row in self.manifest if row.reason is None]
-            quantized = {name.rpartition(".")[0] for row in rows for name in self.places[row].parameters()}
+            layers = self._layers()
+            quantized = {name for names in layers.values() for name in names}
             linears = [name for name, module in model.named_modules() if isinstance(module, (torch.nn.Linear, Conv1D))]
             ignore = [name for name in linears if name not in quantized]
-            config.quantization_config = self.layout.quantization_config(self.precision, ignore)
+            if len(layers) > 1:
+                config.quantization_config = self.layout.mixed_config(layers, ignore)
+            else:
+                config.quantization_config = self.layout.quantization_config(next(iter(layers)), ignore)
         config.save_pretrained(folder)
         generation_config = self.source.generation_config()
         if generation_config is not None:
             generation_config.save_pretrained(folder)
+
+    def _layers(self) -> dict[Precision, list[str]]:
+        """The layers of each precision by the model's names, and by those of the checkpoint where they are others."""
+        found: dict[Precision, dict[str, None]] = {}
+        for row in self.manifest:
+            if row.reason is None:
+                names = [*self.places[row.tensor].parameters(), *([row.tensor] if self.mixed else ())]
+                modules = {name.removesuffix(".weight"): None for name in names}
+                found.setdefault(self._precision(row.tensor), {}).update(modules)
+        return {precision: list(names) for precision, names in found.items()}
+
+    def _precision(self, name: str) -> Precision:
+        """What a weight becomes."""
+        return self.precision if self.mixed is None else self.mixed[self.weights[name].module]
 
     def write_tensors(self, path: Path, progress: Progress | None) -> list[CastReport]:
         """Write tensor by tensor; return what a cast did to each."""
@@ -97,7 +116,9 @@ class FolderJob:
             SafetensorsWriter(path, declared, record) as writer,
             closing(_one_ahead(self._made, [row for row in self.manifest if not record.done(row.tensor)])) as made,
         ):
-            for row in self.manifest:
+            if self.calibration is not None:
+                self.calibration.resume(path.parent, record.done)
+            for row, following in zip(self.manifest, [*self.manifest[1:], None], strict=True):
                 done += row.nbytes
                 if record.done(row.tensor):
                     casts += [CastReport(**report) for report in record.extra(row.tensor)]
@@ -107,9 +128,24 @@ class FolderJob:
                     writer.write(name, tensor)
                 casts += report
                 record.record(row.tensor, [asdict(cast) for cast in report])
+                self._record_block(record, row, following)
                 if progress is not None:
                     progress(done, total)
+            if self.calibration is not None:
+                self.calibration.forget()
         return casts
+
+    def _record_block(self, record: Resumable, row: ManifestRow, following: ManifestRow | None) -> None:
+        """After the last tensor of a calibrated block: record what the next block is given."""
+        if self.calibration is None or following is None:
+            return
+        index = self.calibration.block_of(following.tensor)
+        if index and index != self.calibration.block_of(row.tensor):
+            kept = self.calibration.kept_for(index)
+            record.wrote(kept, "inputs", 0)
+            record.record(kept)
+            record.flush()
+            self.calibration.forget(index)
 
     def _made(self, row: ManifestRow) -> tuple[dict[str, Tensor], list[CastReport]]:
         """What is stored for one tensor, and what a cast did to it."""
@@ -118,7 +154,7 @@ class FolderJob:
             return {row.tensor: values}, [report]
         if row.reason is not None:
             return {row.tensor: cast_weight(row.tensor, self._finite(row), self.dtype)}, []
-        return self.layout.store(row.tensor, self._quantized(row), self.precision), []
+        return self.layout.store(row.tensor, self._quantized(row), self._precision(row.tensor)), []
 
     def _finite(self, row: ManifestRow) -> Tensor:
         """A tensor that is not quantized."""
@@ -142,7 +178,7 @@ class FolderJob:
                 declared[row.tensor] = (self.dtype, row.shape)
             else:
                 shape, dtype = self.weights[row.tensor].rows(row.shape), self._scale_dtype(row.tensor)
-                declared |= self.layout.entries(row.tensor, shape, self.precision, dtype)
+                declared |= self.layout.entries(row.tensor, shape, self._precision(row.tensor), dtype)
         return declared
 
     def _comes_as_rows(self, name: str) -> bool:
@@ -153,8 +189,7 @@ class FolderJob:
         """Whether codes and scales are written as they are read."""
         if not isinstance(self.source, QuantizedSource) or name not in self.source.weights or self.method != "absmax":
             return False
-        stored, wanted = self.source.precision, self.precision
-        return stored.stores_as(wanted)
+        return self.source.precisions[name].stores_as(self._precision(name))
 
     def _scale_dtype(self, name: str) -> torch.dtype:
         """The dtype of a weight's scales: as they are where codes are taken over, else what the layout wants."""
@@ -163,7 +198,7 @@ class FolderJob:
         return self.layout.SCALES or self.dtype
 
     def _quantized(self, row: ManifestRow) -> QuantizedTensor:
-        name, dtype = row.tensor, self._scale_dtype(row.tensor)
+        name, dtype, precision = row.tensor, self._scale_dtype(row.tensor), self._precision(row.tensor)
         if isinstance(self.source, QuantizedSource) and self._is_taken_over(name):
             weight = self.source.read_quantized(name)
             return replace(weight, scales=weight.scales.to(dtype))
@@ -175,10 +210,10 @@ class FolderJob:
         try:
             made = (quantize_weight if self.method == "absmax" else least_error)(
                 rows.reshape(-1, K),
-                self.precision.weights.name,
-                group_size=self.precision.group_size,
+                precision.weights.name,
+                group_size=precision.group_size,
                 scale_dtype=dtype,
-                rotation=self.precision.rotation(K),
+                rotation=precision.rotation(K),
             )
         except FewbitsError as error:
             raise FewbitsError(f"{name}: {error}") from None
