@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+import fewbits
 from fewbits.errors import FewbitsError
-from fewbits.measure.compare import Comparison, compare
+from fewbits.measure.compare import compare
+from fewbits.measure.comparison import Comparison
 from fewbits.measure.quality import compare_models
 from fewbits.measure.text import token_windows
 from fewbits.quantize.convert import convert
@@ -143,7 +145,7 @@ def test_a_wrong_candidate_is_found_before_any_work(tiny_folder: Path) -> None:
 
 def test_another_vocabulary_is_refused(tiny_llama: TinyLlama, byte_tokenizer: Any) -> None:
     with pytest.raises(
-        FewbitsError, match="the vocabularies differ: 300 tokens in the candidate, 256 in the reference"
+        FewbitsError, match="the vocabularies differ: 300 tokens in LlamaForCausalLM, 256 in the reference"
     ):
         compare(tiny_llama(), [tiny_llama(vocab_size=300)], tokenizer=byte_tokenizer, with_speed=False, **SMALL)
 
@@ -158,13 +160,17 @@ def test_a_model_in_training_mode_is_refused(tiny_llama: TinyLlama, byte_tokeniz
         compare(tiny_llama().train(), [], tokenizer=byte_tokenizer)
 
 
-def test_a_quantized_model_is_no_reference(byte_tokenizer: Any) -> None:
-    class Packed(torch.nn.Linear):
-        def quantized_bits(self) -> tuple[int, int]:
-            return 8, 1
+def test_a_quantized_reference_is_measured_as_it_is(tiny_folder: Path, tmp_path: Path, byte_tokenizer: Any) -> None:
+    folder = convert(tiny_folder, tmp_path / "tiny-int8", to="int8").path
+    live = fewbits.AutoModelForCausalLM.from_pretrained(folder)
+    for reference, tokenizer in ((folder, None), (live, byte_tokenizer)):
+        comparison = compare(reference, [tiny_folder], tokenizer=tokenizer, with_speed=False, **SMALL)
+        itself, candidate = comparison.rows
+        assert (itself.kl, candidate.precision) == (0.0, "fp32")
+        assert 0 < candidate.kl < 0.1
+        assert itself.precision == ("int8" if reference is folder else f"{itself.bits_per_weight:.1f} bits")
 
-    model = torch.nn.Sequential(Packed(2, 2)).eval()
-    with pytest.raises(
-        FewbitsError, match="Sequential is quantized and cannot be the reference in fp32: give the model"
-    ):
-        compare(model, [], tokenizer=byte_tokenizer, **SMALL)
+
+def test_a_quantized_model_is_not_quantized_again(tiny_int8: Path) -> None:
+    with pytest.raises(FewbitsError, match=r"^tiny-int8 is quantized \(int8\) and cannot be had in int4: "):
+        compare(tiny_int8, precisions=["int4"])

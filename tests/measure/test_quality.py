@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from fewbits.errors import FewbitsError
 from fewbits.measure import quality
+from fewbits.measure.positions import standard_error
 from fewbits.measure.quality import Reference, compare_models, kl_divergence
 from fewbits.measure.text import token_windows
 
@@ -37,7 +38,7 @@ WINDOW = torch.tensor([[0, 2]])
 def test_kl_by_hand() -> None:
     _, found = compare_models(model_with([P, P]), model_with([Q, P]), WINDOW)
     assert found.kl == pytest.approx(math.log(2) / 8, rel=1e-6)
-    # two samples, x and 0: their standard deviation is x/√2, the standard error of their mean x/2
+    # two blocks of one position, x and 0: their standard deviation is x/√2, the standard error of their mean x/2
     assert found.kl_stderr == pytest.approx(math.log(2) / 8, rel=1e-6)
     assert found.top1 == 0.5
     assert found.positions == 2
@@ -82,13 +83,18 @@ def test_rows_are_taken_in_chunks_to_the_same_result(
 
     with torch.inference_mode():
         p, q = (model(input_ids=windows).logits.double().log_softmax(-1) for model in (reference, candidate))
-    per_position = (p.exp() * (p - q)).sum(-1).flatten()
+    per_position = (p.exp() * (p - q)).sum(-1)
     assert found.kl == pytest.approx(per_position.mean().item(), rel=1e-5)
-    assert found.kl_stderr == pytest.approx(per_position.std().item() / math.sqrt(20), rel=1e-5)
+    assert found.kl_stderr == pytest.approx(standard_error(per_position), rel=1e-5)
+    assert torch.tensor(found.kls).allclose(per_position.float(), rtol=1e-4, atol=1e-6)
     assert found.top1 == (p.argmax(-1) == q.argmax(-1)).double().mean().item()
     for model, scores in ((own, p), (found, q)):
         loss = torch.nn.functional.nll_loss(scores[:, :-1].reshape(-1, 256), windows[:, 1:].flatten())
         assert model.perplexity == pytest.approx(loss.exp().item(), rel=1e-5)
+        following = -scores[:, :-1].gather(-1, windows[:, 1:, None])[..., 0]
+        assert [window[0] for window in model.losses] == [None, None]
+        assert torch.tensor([window[1:] for window in model.losses]).allclose(following.float(), rtol=1e-5)
+        assert model.perplexity_stderr == pytest.approx(loss.exp().item() * standard_error(following), rel=1e-4)
 
 
 def test_one_reference_serves_several_candidates(tiny_llama: TinyLlama) -> None:
@@ -126,8 +132,8 @@ def test_too_little_room_for_the_reference(monkeypatch: pytest.MonkeyPatch) -> N
 def test_the_temporary_file_is_closed_when_the_model_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     files = []
 
-    def recorded() -> object:
-        files.append(original())
+    def recorded(**where: str) -> object:
+        files.append(original(**where))
         return files[-1]
 
     original = tempfile.TemporaryFile

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console, RenderableType
 
-from fewbits.measure.compare import Comparison, Row
+from fewbits.measure.comparison import Comparison, Row
 from fewbits.measure.machine import Gpu, Machine
 from fewbits.report.grouping import group_rows, number_set
 from fewbits.report.terminal import comparison_table, human_bytes, machine_table, manifest_table

@@ -1,16 +1,16 @@
 """Original and converted models side by side: bytes, quality, speed.
 
 The rows are the reference in fp32 (whose predictions the others are held against), the reference in bf16 (what most
-checkpoints are run in), and each candidate. One model is in memory at a time; see `quality` for how.
+checkpoints are run in), and each candidate. A reference that is quantized already is taken as it is, once. One model is
+in memory at a time; see `quality` for how.
 """
 
 from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,72 +18,29 @@ from typing import Any
 import torch
 from torch import nn
 
+from fewbits.errors import FewbitsError
 from fewbits.measure import memory
 from fewbits.measure import text as texts
-from fewbits.measure.machine import Machine, this_machine
-from fewbits.measure.quality import Quality, Reference
+from fewbits.measure.comparison import Comparison, Row, Worst
+from fewbits.measure.machine import this_machine
+from fewbits.measure.pieces import next_text, token_texts
+from fewbits.measure.positions import WorstPosition
+from fewbits.measure.quality import Quality, Reference, check_vocabulary
 from fewbits.measure.speed import NEW_TOKENS, REPEATS, Speed, measure_speed
 from fewbits.measure.subject import ModelOrPath, Subject
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done ("bf16: text"), steps done, and steps in all."""
 
-
-@dataclass(frozen=True)
-class Row:
-    """One model, measured. A figure that was not measured is None."""
-
-    name: str
-    precision: str
-    disk_bytes: int | None
-    """Bytes of the weights on disk; for a cast of the reference, what a checkpoint of it takes."""
-    memory_bytes: int
-    """Bytes of weights in memory, tied ones once."""
-    bits_per_weight: float | None
-    """Of the quantized layers, scales included; of the linear layers if none is quantized."""
-    kl: float
-    """KL(fp32 reference || this), nats/token."""
-    kl_stderr: float
-    top1: float
-    """Share of positions with the reference's first choice, 0 to 1."""
-    perplexity: float
-    prefill_tps: float | None
-    """Prompt tokens per second."""
-    decode_tps: float | None
-    """Written tokens per second."""
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """The rows, and what they were measured on."""
-
-    rows: tuple[Row, ...]
-    reference: str
-    reference_bytes: int | None
-    """Bytes of the reference's own file or folder; None for a live model."""
-    text: str
-    windows: int
-    window_tokens: int
-    prompt_tokens: int | None
-    """Length of the prompt that prefill was timed on; None if speed was left out."""
-    new_tokens: int | None
-    speed_repeats: int | None
-    """Runs of which the fastest counts."""
-    date: str
-    """When the measurement ended, ISO 8601, UTC."""
-    machine: Machine
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data for a JSON file; what is NaN or infinite becomes None, which JSON can say."""
-        rows = [{key: _finite(value) for key, value in asdict(row).items()} for row in self.rows]
-        return {**vars(self), "rows": rows, "machine": self.machine.to_json()}
+_CONTEXT = 24  # tokens of text before a worst position
 
 
 def compare(
     reference: ModelOrPath,
-    candidates: Iterable[ModelOrPath],
+    candidates: Iterable[ModelOrPath] = (),
     text: str | Path | None = None,
     *,
+    precisions: Sequence[str] = (),
     tokenizer: texts.Tokenizer | None = None,
     windows: int = texts.WINDOWS,
     window_tokens: int = texts.WINDOW_TOKENS,
@@ -94,9 +51,10 @@ def compare(
     """Measure a reference in fp32 and bf16, and candidates beside it.
 
     Args:
-        reference: the model that the others are held against.
+        reference: the model that the others are held against; where it is quantized, it has one row, as it is.
         candidates: models of the same vocabulary, such as conversions of it.
         text: a UTF-8 file to measure on; None takes the built-in text.
+        precisions: what to quantize the reference to while it is loaded, each a row after the reference's.
         tokenizer: the reference's; None loads it from the reference's path, and is refused for a live model.
         windows: windows of text at most.
         window_tokens: tokens in a window, and in the prompt that speed is measured with.
@@ -105,14 +63,19 @@ def compare(
         progress: called as the work goes on.
 
     Raises:
-        FewbitsError: a path is no model, the text is unusable, or a candidate's vocabulary is another.
+        FewbitsError: a path is no model, the text is unusable, a candidate's vocabulary is another, a precision is
+            unknown or cannot be had, or a window is longer than a model's context.
     """
     original = Subject.of(reference)
-    subjects = [Subject.of(candidate) for candidate in candidates]  # a wrong path is found before any work
-    ids = texts.token_windows(tokenizer or original.tokenizer(), text, windows, window_tokens)
-    timed_tokens = new_tokens if with_speed else None
-    subjects = [original.in_precision("fp32"), original.in_precision("bf16"), *subjects]
-    with _Comparing(ids, timed_tokens, progress or _silent) as comparing:
+    # A wrong path or another vocabulary is found before any work.
+    others = [original.in_precision(each) for each in precisions] + [Subject.of(each) for each in candidates]
+    subjects = [*original.as_reference(), *others]
+    tokenizer = tokenizer or original.tokenizer()
+    for subject in subjects:
+        _check(subject, original, window_tokens)
+    ids = texts.token_windows(tokenizer, text, windows, window_tokens)
+    prompt = _prompt(ids[0], subjects, new_tokens) if with_speed else None
+    with _Comparing(ids, tokenizer, prompt, new_tokens, progress or _silent) as comparing:
         rows = tuple(comparing.row(subject) for subject in subjects)
     return Comparison(
         rows=rows,
@@ -121,29 +84,36 @@ def compare(
         text=texts.text_name(text),
         windows=ids.shape[0],
         window_tokens=ids.shape[1],
-        prompt_tokens=ids.shape[1] if with_speed else None,
-        new_tokens=timed_tokens,
+        prompt_tokens=None if prompt is None else len(prompt),
+        new_tokens=new_tokens if with_speed else None,
         speed_repeats=REPEATS if with_speed else None,
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         machine=this_machine(),
+        notes=tuple(comparing.notes),
+        tokens=comparing.tokens,
     )
 
 
 class _Comparing(ExitStack):
     """Rows one after the other; the first is the reference of the rest. Closing it gives the temporary file back."""
 
-    def __init__(self, windows: torch.Tensor, new_tokens: int | None, progress: Progress) -> None:
+    def __init__(
+        self, windows: torch.Tensor, tokenizer: Any, prompt: torch.Tensor | None, new_tokens: int, progress: Progress
+    ) -> None:
         super().__init__()
         self._windows = windows
-        self._new_tokens = new_tokens
+        self._tokenizer = tokenizer if hasattr(tokenizer, "decode") else None
+        self._prompt, self._new_tokens = prompt, new_tokens
         self._progress = progress
         self._reference: Reference | None = None
+        self.notes: list[str] = []
+        self.tokens = tuple(token_texts(tokenizer, ids) for ids in windows.tolist()) if self._tokenizer else ()
 
     def row(self, subject: Subject) -> Row:
         label = subject.name if subject.precision is None else subject.precision
         gc.collect()  # the last row's model was a name of this function alone; modules can hold each other in cycles
-        model = subject.load(self._step(f"{label}: loading"))
-        quality = self._quality(model, self._step(f"{label}: text"))
+        model = subject.load(progress=self._step(f"{label}: loading"))
+        quality = self._quality(model, label, self._step(f"{label}: text"))
         speed = self._speed(model, self._step(f"{label}: speed"))
         return Row(
             name=subject.name,
@@ -157,26 +127,87 @@ class _Comparing(ExitStack):
             perplexity=quality.perplexity,
             prefill_tps=speed.prefill if speed else None,
             decode_tps=speed.decode if speed else None,
+            top1_stderr=quality.top1_stderr,
+            perplexity_stderr=quality.perplexity_stderr,
+            losses=quality.losses,
+            kls=quality.kls,
+            worst=tuple(self._in_words(position) for position in quality.worst),
         )
 
-    def _quality(self, model: nn.Module, progress: Callable[[int, int], None]) -> Quality:
+    def _quality(self, model: nn.Module, label: str, progress: Callable[[int, int], None]) -> Quality:
         if self._reference is None:
             self._reference = self.enter_context(Reference(model, self._windows, progress))
+            self._note_nonsense(self._reference)
             return self._reference.quality
-        return self._reference.measure(model, progress)
+        quality = self._reference.measure(model, progress)
+        self._note_nonfinite(label, quality)
+        return quality
+
+    def _note_nonsense(self, reference: Reference) -> None:
+        """Say that the reference itself does not know the text: no candidate's figures mean anything then."""
+        perplexity, vocabulary = reference.quality.perplexity, reference.vocabulary
+        if not perplexity <= vocabulary / 4:  # NaN too
+            self.notes.append(
+                f"The reference makes no sense of this text: its perplexity is {perplexity:.6g}, and one that knows "
+                f"nothing has that of its vocabulary, {vocabulary}. Its weights may be damaged or random, its "
+                "tokenizer another model's, or the text of a language it never saw."
+            )
+
+    def _note_nonfinite(self, label: str, quality: Quality) -> None:
+        bad = [(w, t) for w, window in enumerate(quality.kls) for t, kl in enumerate(window) if not math.isfinite(kl)]
+        if bad:
+            window, position = bad[0]
+            what = "NaN" if math.isnan(quality.kls[window][position]) else "infinite"
+            self.notes.append(
+                f"{label}: its divergence is {what} at {len(bad)} of {quality.positions} positions, first in window "
+                f"{window} after token {position}: NaN or Inf in its logits there, or in the reference's."
+            )
+
+    def _in_words(self, found: WorstPosition) -> Worst:
+        ids, after = self._windows[found.window].tolist(), found.position + 1
+        said = ids[max(0, after - _CONTEXT) : after]
+        context, following = "", ""
+        if self._tokenizer is not None:
+            pieces = self.tokens[found.window]
+            context, following = "".join(pieces[max(0, after - _CONTEXT) : after]), "".join(pieces[after : after + 1])
+
+        def named(choices: tuple[tuple[int, float], ...]) -> tuple[tuple[str, float], ...]:
+            name = (lambda token: next_text(self._tokenizer, said, token)) if self._tokenizer else "#{}".format
+            return tuple((name(token), probability) for token, probability in choices)
+
+        return Worst(
+            found.window, found.position, found.kl, context, following, named(found.reference), named(found.candidate)
+        )
 
     def _speed(self, model: nn.Module, progress: Callable[[int, int], None]) -> Speed | None:
-        if self._new_tokens is None:
-            return None
-        return measure_speed(model, self._windows[0], self._new_tokens, progress=progress)
+        return None if self._prompt is None else measure_speed(model, self._prompt, self._new_tokens, progress=progress)
 
     def _step(self, what: str) -> Callable[[int, int], None]:
         return lambda done, total: self._progress(what, done, total)
 
 
+def _check(subject: Subject, original: Subject, window_tokens: int) -> None:
+    """Compare what configurations tell: an hour of work must not end in a refusal."""
+    if subject.vocabulary is not None and original.vocabulary is not None:
+        check_vocabulary(subject.name, subject.vocabulary, original.vocabulary)
+    if subject.context is not None and window_tokens > subject.context:
+        raise FewbitsError(
+            f"windows of {window_tokens} tokens are longer than the context of {subject.name}, {subject.context} "
+            "tokens; measure shorter windows"
+        )
+
+
+def _prompt(window: torch.Tensor, subjects: Iterable[Subject], new_tokens: int) -> torch.Tensor:
+    """The tokens that speed is measured with: a window, or what the contexts leave of it beside the new tokens."""
+    contexts = [subject.context for subject in subjects if subject.context is not None]
+    room = min(contexts, default=len(window) + new_tokens) - new_tokens
+    if room < 1:
+        raise FewbitsError(
+            f"new_tokens is {new_tokens}, and a context of {min(contexts)} tokens leaves no room for a prompt; "
+            "write fewer"
+        )
+    return window[:room]
+
+
 def _silent(what: str, done: int, total: int) -> None:
     pass
-
-
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -5,7 +5,8 @@ Shapes: W windows, T tokens in a window, V vocabulary, R rows (positions) of one
 One model is in memory at a time. The reference runs over the text once and leaves its log-probabilities in a
 temporary file (W·T·V float32: 0.8 GB for 4,096 tokens of a 49k vocabulary); every candidate is then held against
 that file. Two models side by side would take 1.5 times the memory of the largest (fp32 and bf16 copies), and
-would run the reference again for every candidate.
+would run the reference again for every candidate. In memory are the logits of one window, a chunk of log-probabilities
+of each model, and a few numbers for each position.
 
     reference  --forward-->  logits [T, V]  --log-softmax by R rows-->  file  --\
                                                                                  KL, top-1
@@ -14,17 +15,20 @@ would run the reference again for every candidate.
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import IO, Any, Self
 
 import torch
 
 from fewbits.errors import FewbitsError
+from fewbits.measure.positions import WorstPosition, WorstPositions, standard_error
 
 _CHUNK_BYTES = 32 << 20  # of float32 log-probabilities: beyond the caches anyway, and small beside any model
 
@@ -39,19 +43,29 @@ class Quality:
     """A model's predictions on a text, beside a reference's.
 
     `kl` and `top1` are over every position of every window, the last included: both models predict there too.
-    `perplexity` is over the T - 1 positions of a window whose next token is known.
+    `perplexity` is over the T - 1 positions of a window whose next token is known. The standard errors are those of
+    `positions.standard_error`, by blocks of positions.
     """
 
     kl: float
     """KL(reference || model), mean over positions, nats/token. 0 for the reference; NaN if the model gives NaN."""
     kl_stderr: float
-    """Standard error of `kl`, nats/token, with positions taken as independent."""
+    """Standard error of `kl`, nats/token."""
     top1: float
     """Share of positions where both models rank the same token first, 0 to 1."""
+    top1_stderr: float
     perplexity: float
     """exp of the mean negative log-likelihood of the next token."""
+    perplexity_stderr: float
+    """Perplexity times the standard error of that mean."""
     positions: int
     """How many positions `kl` and `top1` are means of (W·T)."""
+    kls: tuple[tuple[float, ...], ...] = field(repr=False)
+    """KL of the prediction at each position, nats [W, T]."""
+    losses: tuple[tuple[float | None, ...], ...] = field(repr=False)
+    """Negative log-likelihood of each token given those before it, nats [W, T]; None for the first of a window."""
+    worst: tuple[WorstPosition, ...] = field(default=(), repr=False)
+    """The positions of the greatest KL, the worst first."""
 
 
 def kl_divergence(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
@@ -89,28 +103,29 @@ class Reference:
             FewbitsError: the temporary folder has too little room for W·T·V float32.
         """
         self.windows = windows
-        self._vocabulary = 0
-        self._file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
+        self.vocabulary = 0
+        """How many tokens the reference gives a probability; known once it has run."""
+        self._file: IO[bytes] = tempfile.TemporaryFile(dir=_roomy_folder())  # noqa: SIM115 - closed by close()
         try:
-            losses = self._record(model, progress)
+            self.quality = self._record(model, progress)
+            """The reference against itself."""
         except BaseException:
             self.close()
             raise
-        self.quality = Quality(0.0, 0.0, 1.0, _perplexity(losses), windows.numel())
-        """The reference against itself."""
 
-    def _record(self, model: Model, progress: Progress | None) -> list[torch.Tensor]:
+    def _record(self, model: Model, progress: Progress | None) -> Quality:
         losses = []
         for done, window in enumerate(self.windows, start=1):
             for rows, log_p in _log_probabilities(model, window):
-                if not self._vocabulary:
-                    self._vocabulary = log_p.shape[-1]
-                    _check_room(self.windows.numel() * self._vocabulary * 4)
-                self._file.write(log_p.cpu().numpy().data)
+                if not self.vocabulary:
+                    self.vocabulary = log_p.shape[-1]
+                    _check_room(self.windows.numel() * self.vocabulary * 4)
+                self._write(log_p)
                 losses.append(_next_token_loss(log_p, window, rows))
             if progress:
                 progress(done, len(self.windows))
-        return losses
+        same = torch.zeros(self.windows.shape, dtype=torch.float64)
+        return _quality(same, same + 1, torch.cat(losses).view(len(self.windows), -1), ())
 
     def measure(self, model: Model, progress: Progress | None = None) -> Quality:
         """Hold a model against the reference, over the same windows.
@@ -119,28 +134,38 @@ class Reference:
             FewbitsError: the model's vocabulary has another size than the reference's.
         """
         self._file.seek(0)
-        divergences, agreements, losses = [], [], []
-        for done, window in enumerate(self.windows, start=1):
+        divergences, agreements, losses, worst = [], [], [], WorstPositions()
+        for index, window in enumerate(self.windows):
             for rows, log_q in _log_probabilities(model, window):
-                if log_q.shape[-1] != self._vocabulary:
-                    raise FewbitsError(
-                        f"the vocabularies differ: {log_q.shape[-1]} tokens in the candidate, "
-                        f"{self._vocabulary} in the reference; compare models of one tokenizer"
-                    )
+                check_vocabulary("the candidate", log_q.shape[-1], self.vocabulary)
                 log_p = self._read(len(log_q)).to(log_q.device)
-                divergences.append(kl_divergence(log_p, log_q).cpu())
+                kl = kl_divergence(log_p, log_q)
+                worst.see(index, rows.start, kl, log_p, log_q)
+                divergences.append(kl.cpu())
                 agreements.append((log_p.argmax(-1) == log_q.argmax(-1)).double().cpu())
                 losses.append(_next_token_loss(log_q, window, rows))
             if progress:
-                progress(done, len(self.windows))
-        kl = torch.cat(divergences)
-        stderr = (kl.std() / math.sqrt(len(kl))).item() if len(kl) > 1 else math.nan
-        return Quality(kl.mean().item(), stderr, torch.cat(agreements).mean().item(), _perplexity(losses), len(kl))
+                progress(index + 1, len(self.windows))
+        kls, agreed, lost = (torch.cat(each).view(len(self.windows), -1) for each in (divergences, agreements, losses))
+        return _quality(kls, agreed, lost, worst.found())
+
+    def _write(self, log_p: torch.Tensor) -> None:
+        try:
+            self._file.write(log_p.cpu().numpy().data)
+            self._file.flush()
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            needed = self.windows.numel() * self.vocabulary * 4
+            raise FewbitsError(
+                f"{_roomy_folder()} became full while the reference's log-probabilities were written ({needed:,} bytes "
+                f"in all: {error.strerror}): set TMPDIR to a folder with more room, or measure fewer windows"
+            ) from None
 
     def _read(self, rows: int) -> torch.Tensor:
-        data = bytearray(rows * self._vocabulary * 4)
+        data = bytearray(rows * self.vocabulary * 4)
         self._file.readinto(data)  # type: ignore[attr-defined] # IO[bytes] leaves readinto out
-        return torch.frombuffer(data, dtype=torch.float32).view(rows, self._vocabulary)
+        return torch.frombuffer(data, dtype=torch.float32).view(rows, self.vocabulary)
 
     def close(self) -> None:
         """Give the temporary file back."""
@@ -176,18 +201,53 @@ def _log_probabilities(model: Model, window: torch.Tensor) -> Iterator[tuple[sli
             yield rows, torch.log_softmax(logits[rows].float(), dim=-1)
 
 
+def check_vocabulary(name: str, tokens: int, expected: int) -> None:
+    """Refuse a model that gives another number of tokens a probability than the reference does.
+
+    Raises:
+        FewbitsError: the numbers differ.
+    """
+    if tokens != expected:
+        raise FewbitsError(
+            f"the vocabularies differ: {tokens} tokens in {name}, {expected} in the reference; "
+            "compare models of one tokenizer"
+        )
+
+
 def _next_token_loss(log_q: torch.Tensor, window: torch.Tensor, rows: slice) -> torch.Tensor:
     """Negative log-likelihood float64 [R] of the tokens that follow these rows; the window's last has none."""
     following = window[rows.start + 1 : rows.stop + 1].to(log_q.device)
     return -log_q[: len(following)].gather(-1, following[:, None]).squeeze(-1).double().cpu()
 
 
-def _perplexity(losses: list[torch.Tensor]) -> float:
-    return torch.cat(losses).mean().exp().item()
+def _quality(
+    kls: torch.Tensor, agreements: torch.Tensor, losses: torch.Tensor, worst: tuple[WorstPosition, ...]
+) -> Quality:
+    """Figures of positions [W, T], and of known next tokens [W, T - 1], drawn together."""
+    perplexity = losses.mean().exp().item()
+    return Quality(
+        kl=kls.mean().item(),
+        kl_stderr=standard_error(kls),
+        top1=agreements.mean().item(),
+        top1_stderr=standard_error(agreements),
+        perplexity=perplexity,
+        perplexity_stderr=perplexity * standard_error(losses),
+        positions=kls.numel(),
+        kls=tuple(tuple(window) for window in kls.tolist()),
+        losses=tuple((None, *window) for window in losses.tolist()),
+        worst=worst,
+    )
+
+
+def _roomy_folder() -> str:
+    """Where the file goes: what TMPDIR says, or /var/tmp, since /tmp is often a part of the memory."""
+    large = "/var/tmp"  # by the Filesystem Hierarchy Standard the one for large files
+    given = any(os.environ.get(name) for name in ("TMPDIR", "TEMP", "TMP"))
+    return large if not given and os.access(large, os.W_OK) else tempfile.gettempdir()
 
 
 def _check_room(nbytes: int) -> None:
-    folder = tempfile.gettempdir()
+    folder = _roomy_folder()
     free = shutil.disk_usage(folder).free
     if nbytes > free:
         raise FewbitsError(

@@ -11,6 +11,7 @@ from typing import Any, Self
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from fewbits.errors import FewbitsError
 from fewbits.measure.memory import bits_per_weight, checkpoint_bytes, is_quantized
@@ -27,6 +28,10 @@ class Subject:
 
     name: str
     model: ModelOrPath
+    config: Any = None
+    """The model's configuration; None for a live one that has none."""
+    stored: str | None = None
+    """The precision that it is quantized in; None if its weights are plain values."""
     precision: str | None = None
     """What to load or cast it in; None: as it is."""
     source_bytes: int | None = None
@@ -37,23 +42,62 @@ class Subject:
         """Take a model as it is given; a path is opened (headers only), so that a wrong one is found early.
 
         Raises:
-            FewbitsError: the path is no model that fewbits reads, or the live model is in training mode.
+            FewbitsError: the path is no model that fewbits reads, the model writes no text, or the live model is in
+                training mode.
         """
         if isinstance(model, nn.Module):
             if model.training:
                 raise FewbitsError(
                     f"{type(model).__name__} is in training mode, with dropout on: call its eval() first"
                 )
-            return cls(type(model).__name__, model)
+            stored = "quantized" if _is_quantized(model) else None
+            return cls(type(model).__name__, model, getattr(model, "config", None), stored)
+        from fewbits.models.generate import check_writes_text
         from fewbits.models.source import open_source
+        from fewbits.models.stored_dtype import stored_precision
 
         source = open_source(model)
-        given = os.fspath(model)
-        return cls(Path(given).name if Path(given).exists() else given, model, None, source.size)
+        check_writes_text(source.config)
+        given, precision = os.fspath(model), stored_precision(source)
+        name = Path(given).name if Path(given).exists() else given
+        return cls(name, model, source.config, None if precision is None else precision.name, None, source.size)
 
     def in_precision(self, precision: str) -> Self:
-        """The same model, cast to fp32, bf16 or fp16."""
+        """The same model in another precision: a cast, or for one on disk, quantized while it is loaded.
+
+        Raises:
+            FewbitsError: there is no such precision, the model is quantized already, or it is live and has to be
+                quantized.
+        """
+        from fewbits.models.precision import precision_named
+
+        cast = precision_named(precision).cast
+        if self.stored is not None:
+            raise FewbitsError(
+                f"{self.name} is quantized ({self.stored}) and cannot be had in {precision}: give the model it was "
+                "converted from"
+            )
+        if isinstance(self.model, nn.Module) and not cast:
+            raise FewbitsError(
+                f"{self.name} is a live model and cannot be quantized to {precision} here: save it, and give the folder"
+            )
         return replace(self, precision=precision)
+
+    def as_reference(self) -> tuple[Self, ...]:
+        """The rows that it has as a reference: in fp32 and bf16; a quantized one as it is."""
+        return (self,) if self.stored is not None else (self.in_precision("fp32"), self.in_precision("bf16"))
+
+    @property
+    def vocabulary(self) -> int | None:
+        """How many tokens it gives a probability, where its configuration tells."""
+        return getattr(_of_text(self.config), "vocab_size", None)
+
+    @property
+    def context(self) -> int | None:
+        """Tokens that it reads at most, where its configuration tells."""
+        from fewbits.models.generate import context_length
+
+        return context_length(self.config) if isinstance(self.config, PreTrainedConfig) else None
 
     def tokenizer(self) -> Any:
         """The tokenizer beside the model on disk.
@@ -67,43 +111,54 @@ class Subject:
 
         return AutoTokenizer.from_pretrained(self.model)
 
-    def load(self, progress: Callable[[int, int], None] | None = None) -> nn.Module:
-        """The model in memory. A live one is copied only if it has to be cast.
+    def load(self, device: str = "cpu", progress: Callable[[int, int], None] | None = None) -> nn.Module:
+        """The model in memory. A live one is copied only if it has to be cast, and stays on its device.
 
         Args:
+            device: where to load it: cpu or cuda.
             progress: called with bytes read and bytes in all.
 
         Raises:
-            FewbitsError: it cannot be read, does not fit, or is quantized and asked for in another precision.
+            FewbitsError: it cannot be read or does not fit.
         """
         if isinstance(self.model, nn.Module):
             return self.model if self.precision is None else _cast(self.model, self.precision)
         from fewbits.models.load import AutoModelForCausalLM
 
+        where: dict[str, Any] = {} if device == "cpu" else {"device_map": device}
         loaded: nn.Module = AutoModelForCausalLM.from_pretrained(
-            self.model, precision=self.precision, progress=progress
+            self.model, precision=self.precision, progress=progress, **where
         )
         return loaded
 
     def disk_bytes(self, loaded: nn.Module) -> int | None:
-        """Bytes of the weights on disk: of its own files, or of a checkpoint of the cast."""
-        return self.source_bytes if self.precision is None else checkpoint_bytes(loaded)
+        """Bytes of the weights on disk: of its own files, or of a checkpoint of the cast; None if it has neither."""
+        if self.precision is None:
+            return self.source_bytes
+        return checkpoint_bytes(loaded) if self.precision in _CASTS else None
 
     def precision_name(self, loaded: nn.Module) -> str:
         """The precision to show: what was asked for, what the files say, or what the layers hold."""
         if self.precision is not None:
             return self.precision
-        if not isinstance(self.model, nn.Module):
-            from fewbits.models.source import open_source
-            from fewbits.models.stored_dtype import stored_precision
-
-            stored = stored_precision(open_source(self.model))
-            if stored is not None:
-                return stored.name
+        if self.stored is not None and not isinstance(self.model, nn.Module):
+            return self.stored
         if any(is_quantized(module) for module in loaded.modules()):
             return f"{bits_per_weight(loaded):.1f} bits"
+        if self.stored is not None:
+            return self.stored
         dtype = next(loaded.parameters()).dtype
         return next((name for name, known in _CASTS.items() if known == dtype), str(dtype).removeprefix("torch."))
+
+
+def _is_quantized(model: nn.Module) -> bool:
+    """Whether a live model is quantized, by fewbits or by another library under transformers."""
+    return bool(getattr(model, "is_quantized", False)) or any(is_quantized(module) for module in model.modules())
+
+
+def _of_text(config: Any) -> Any:
+    """The part of a configuration that describes the language model."""
+    return config.get_text_config() if isinstance(config, PreTrainedConfig) else config
 
 
 def _cast(model: nn.Module, precision: str) -> nn.Module:
@@ -112,11 +167,6 @@ def _cast(model: nn.Module, precision: str) -> nn.Module:
     Buffers that a checkpoint leaves out stay: a rotary embedding's frequencies in bf16 would be another model.
     """
     dtype = _CASTS[precision]
-    if any(is_quantized(module) for module in model.modules()):
-        raise FewbitsError(
-            f"{type(model).__name__} is quantized and cannot be the reference in {precision}: "
-            "give the model it was converted from"
-        )
     if all(tensor.dtype == dtype for tensor in model.state_dict().values() if tensor.is_floating_point()):
         return model
     model = copy.deepcopy(model)

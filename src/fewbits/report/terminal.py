@@ -15,7 +15,7 @@ from rich.text import Text
 from fewbits.report.grouping import ManifestLike, group_rows
 
 if TYPE_CHECKING:  # these modules import torch, which has no place here at run time
-    from fewbits.measure.compare import Comparison, Row
+    from fewbits.measure.comparison import Comparison, Row
     from fewbits.measure.machine import Machine
     from fewbits.tensors.cast_report import CastReport
 
