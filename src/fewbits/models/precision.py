@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fewbits.errors import FewbitsError
 from fewbits.formats import Format
+from fewbits.formats.precisions import STORED_PRECISIONS, StoredPrecision
 from fewbits.kernels.rotation import block_of
 from fewbits.tensors.quantized import has_power_scales
 
@@ -71,29 +72,12 @@ class Precision:
         return 1 if self.group_size is None else K // self.group_size
 
 
-def _cast(name: str, summary: str) -> Precision:
-    return Precision(name, Format.named(name), None, None, True, summary)
+def _precision(stored: StoredPrecision) -> Precision:
+    formats = (Format.named(stored.weights), Format.named(stored.activations) if stored.activations else None)
+    return Precision(stored.name, *formats, stored.group_size, stored.cast, stored.summary)
 
 
-def _quantized(name: str, weights: str, activations: str | None, group_size: int | None, summary: str) -> Precision:
-    activation_format = Format.named(activations) if activations else None
-    return Precision(name, Format.named(weights), activation_format, group_size, False, summary)
-
-
-PRECISIONS = {
-    precision.name: precision
-    for precision in (
-        _cast("fp32", "every tensor in 32 bits"),
-        _cast("bf16", "every tensor in bfloat16"),
-        _cast("fp16", "every tensor in half precision"),
-        _quantized("int8", "int8", "int8", None, "8-bit weights and activations, a scale per channel and token"),
-        _quantized("int8-weight", "int8", None, 128, "8-bit weights in groups, activations as they are"),
-        _quantized("int4", "int4", "int8", 128, "4-bit weights in groups, 8-bit activations, a scale per token"),
-        _quantized("nf4", "nf4", None, 64, "4-bit NormalFloat weights in groups, activations as they are"),
-        _quantized("mxfp4", "e2m1fn", None, 32, "4-bit floats, a power of two to 32 weights, activations as they are"),
-        _quantized("fp8", "e4m3fn", "e4m3fn", None, "FP8 weights and activations, a scale per channel and token"),
-    )
-}
+PRECISIONS = {stored.name: _precision(stored) for stored in STORED_PRECISIONS}
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
