@@ -1,47 +1,44 @@
-"""Every path that the README and CONTRIBUTING name exists, and every command that they show parses."""
+"""Every path of the repository that a page names exists, and every command that it shows parses."""
 
 import re
-import shlex
-from pathlib import Path
 
 import pytest
 import typer
 
 from fewbits.cli import app
+from pages import PAGES, ROOT, blocks, commands, prose, read
 
-ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "CONTRIBUTING.md")
+SOURCES = ("src", "csrc", "tests", "benchmarks", "tools", "examples", "docs")
 FOLDERS = {entry.name for entry in ROOT.iterdir() if entry.is_dir()} - {"build"}  # build holds what make makes
 
 
 def named_paths(text: str) -> set[str]:
-    """What looks like a path of the repository: `in/backticks`, or the target of a [link](...)."""
-    quoted = re.findall(r"`([^`\s]+)`", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE))
-    linked = [link.partition("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text)]
-    paths = {path for path in linked if path and "://" not in path and not path.startswith("mailto:")}
-    for path in quoted:
+    """What looks like a path of the repository in `backticks`; links have a test of their own."""
+    paths = set()
+    for path in re.findall(r"`([^`\s]+)`", prose(text)):
         first, slash, _ = path.partition("/")
-        is_file = re.fullmatch(r"[\w.-]+\.(md|py|toml|txt|yaml|cpp|hpp|json)|Makefile|LICENSE", path)
+        is_file = re.fullmatch(r"[\w.-]+\.(md|py|toml|txt|yaml|cpp|hpp)|Makefile|LICENSE", path)
         if (slash and (first in FOLDERS or first == "fewbits")) or is_file:
             paths.add(path)
     return paths
 
 
 def exists(path: str) -> bool:
-    """Whether it is there: from the root, or, as prose abbreviates, from the package; `*` and `{a,b}` may be in it."""
+    """Whether it is there: from the root, or, as prose abbreviates, from the package; `*` and `{a,b}` may be in it.
+
+    A bare file name is one of any folder of sources.
+    """
     braces = re.search(r"\{([^}]*)\}", path)
     if braces:
         return all(exists(path.replace(braces.group(), part, 1)) for part in braces.group(1).split(","))
     pattern = path.rstrip("/")
-    return any(any(root.glob(pattern)) for root in (ROOT, ROOT / "src", ROOT / "src/fewbits"))
+    if any(any(root.glob(pattern)) for root in (ROOT, ROOT / "src", ROOT / "src/fewbits")):
+        return True
+    return "/" not in path and any(any((ROOT / folder).rglob(path)) for folder in SOURCES)
 
 
 def shown_commands(text: str) -> list[list[str]]:
-    """The `fewbits ...` command lines in code blocks, with `\\` continuations joined and output left out."""
-    blocks = re.findall(r"^```[^\n]*\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    found = filter(None, (re.match(r"\s*(?:\$ )?(?:\S*/)?fewbits ([a-z-].*)", line) for line in lines))
-    return [shlex.split(re.split(r"\s(?:\||>|&&)\s", match[1])[0], comments=True) for match in found]
+    return [command for block in blocks(text) for command in commands(block.code)]
 
 
 def refusal(arguments: list[str]) -> str | None:
@@ -64,22 +61,24 @@ def refusal(arguments: list[str]) -> str | None:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_path_exists(page: str) -> None:
-    assert [path for path in sorted(named_paths((ROOT / page).read_text())) if not exists(path)] == []
+    assert [path for path in sorted(named_paths(read(page))) if not exists(path)] == []
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_command_parses(page: str) -> None:
-    commands = shown_commands((ROOT / page).read_text())
-    assert {" ".join(command): why for command in commands if (why := refusal(command))} == {}
+    shown = shown_commands(read(page))
+    assert {" ".join(command): why for command in shown if (why := refusal(command))} == {}
 
 
 def test_paths_are_found_in_prose() -> None:
-    text = """See `src/fewbits/cli/app.py`, [the docs](docs/gone.md#part) and `csrc/{a,b}.cpp`; `fp16`, `x/y` and
-    [elsewhere](https://example.org/a.md) are none.\n```\n`src/in_a_block.py`\n```\n"""
-    assert named_paths(text) == {"src/fewbits/cli/app.py", "docs/gone.md", "csrc/{a,b}.cpp"}
+    text = "See `src/fewbits/cli/app.py` and `csrc/{a,b}.cpp`; `fp16` and `x/y` are none.\n"
+    text += "```\n`src/in_a_block.py`\n```\n"
+    assert named_paths(text) == {"src/fewbits/cli/app.py", "csrc/{a,b}.cpp"}
     assert exists("src/fewbits/cli/app.py")
     assert exists("models/load.py")
     assert exists("csrc/*.cpp")
+    assert exists("bench_cast.py")
+    assert not exists("bench_cats.py")
     assert exists("tests/test_{layers,front_door}.py")
     assert not exists("docs/gone.md")
     assert not exists("tests/test_{layers,gone}.py")
