@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fewbits import FewbitsError, LossScaling, MixedPrecision, Recipe
 from fewbits.train.preflight import Preflight, preflight
-from fewbits.train.preflight_observers import OperandCounter, Tally
+from fewbits.train.preflight_counter import OperandCounter, Tally
 from train.tiny_gpt import batch, tiny_gpt
 
 pytestmark = pytest.mark.filterwarnings("ignore:recipe fp16. fp16 without loss scaling")  # that is what is looked at
@@ -119,6 +119,40 @@ def test_predicted_is_counted_in_fp8(scaling: str) -> None:
     assert "first activation subnormal" in [name for name, *_ in found]
     assert ("first activation zeroed" in [name for name, *_ in found]) == (scaling in ("tensor", "delayed"))
     assert apart(found) == []
+
+
+def test_a_scale_near_a_power_of_two_is_that_of_the_run() -> None:
+    """448 is 1.75 · 2^8: the second layer's input is 1.84 in float32, and 1.75 where the first weight has 8 bits."""
+    model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False), Loss())
+    with torch.no_grad():
+        model[0].weight.fill_(1.05)
+    batches = [torch.tensor([[1.75]])]
+    told = preflight(model, batches, "fp8")
+    counter = counted(model, batches, Recipe.named("fp8"), lr=0.0)
+    (row,) = (row for row in told.rows if (row.module, row.kind) == ("1", "activation"))
+    assert row.exponents == {0: 1}
+    assert row.seen == {8: 1}
+    assert counter.tallies["1", "activation"].scales == {8: 1}
+
+
+def test_the_noise_of_a_gradient_that_is_zero_is_not_counted() -> None:
+    """Tokens whose gradients are below 2^-24 of the largest: what float32 sums leave where the exact one is zero."""
+    factors = torch.ones(64, 1)
+    factors[3] = 2.0**-25 * 2.0**-8
+    factors[4:8] = 2.0**-20
+
+    class Weighed(Shrinking):
+        def forward(self, x: Tensor) -> Tensor:
+            return (self.third(self.second(self.first(x).tanh())) * factors).sum()
+
+    told = preflight(Weighed(1.0), inputs(1), "fp8")
+    counter = counted(Weighed(1.0), inputs(1), Recipe.named("fp8"))
+    (row,) = (row for row in told.rows if (row.module, row.kind) == ("third", "gradient"))
+    assert row.predicted.zeroed == 0
+    assert row.exponents[-33] == 256
+    assert counter.tallies["third", "gradient"].zeroed == 0
+    assert counter.tallies["third", "gradient"].zeros == 256
+    assert sum(row.seen.values()) == 63 * 256
 
 
 def test_predicted_is_counted_in_a_tiny_gpt() -> None:
@@ -230,6 +264,18 @@ def test_the_model_is_left_as_it_was() -> None:
     assert [len(module._forward_hooks) for module in model.modules()] == hooks
 
 
+def test_buffers_stay_and_dropout_is_drawn_once() -> None:
+    """The rehearsal of an 8-bit recipe leaves no trace in the float32 step after it."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 1), Loss())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found = []
+    for recipe in ("bf16", "fp8"):
+        torch.manual_seed(0)
+        found.append({(row.module, row.kind): row.exponents for row in preflight(model, inputs(2, 4), recipe).rows})
+    assert found[0] == found[1]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 def test_the_json_has_every_count() -> None:
     told = preflight(tiny_gpt(), [batch(0), batch(1)], "fp8").to_json()
     rows = {(row["name"], row["kind"]): row for row in told["modules"]}
@@ -251,8 +297,9 @@ def test_the_loss_scale_moves_gradients_only() -> None:
         }
 
 
+@pytest.mark.parametrize("recipe", ["fp16", "fp8"])
 @pytest.mark.parametrize("place", ["weight", "input"])
-def test_nan_in_float32_names_the_module(place: str) -> None:
+def test_nan_in_float32_names_the_module(place: str, recipe: str) -> None:
     model, x = Shrinking(1.0), inputs(1)[0]
     if place == "weight":
         with torch.no_grad():
@@ -261,7 +308,7 @@ def test_nan_in_float32_names_the_module(place: str) -> None:
         x[0, 0] = math.nan
     named = "second: 1 of 65536 values of its weight" if place == "weight" else "first: 1 of 16384 values of its act"
     with pytest.raises(FewbitsError, match=named):
-        preflight(model, [x], "fp16")
+        preflight(model, [x], recipe)
 
 
 def test_bad_input_is_refused() -> None:
@@ -307,6 +354,13 @@ def test_a_kept_layer_is_not_rounded_in_the_backward_pass_either() -> None:
     mp.backward(loss)
     for theirs, mine in zip(plain.parameters(), ours.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-6, atol=0.0)
+
+
+class Loss(nn.Module):
+    """The last layer: a mean square."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.square().mean()
 
 
 class LossOf(nn.Module):

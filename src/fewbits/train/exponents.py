@@ -70,6 +70,12 @@ class Counts:
         moved[0], moved[_INFINITE] = self.bins[0], self.bins[_INFINITE]
         return Counts(moved, math.ldexp(self.largest, exponent), self.nan)
 
+    def as_if_zero(self, some: Counts) -> Counts:
+        """The counts where ``some`` of the values, not the largest, were zero instead."""
+        bins = self.bins - some.bins
+        bins[0] += some.bins.sum()
+        return Counts(bins, self.largest, self.nan)
+
 
 def _binned(x: Tensor) -> Tensor:
     """The bins of a flat float32 tensor, a piece at a time in one buffer: large new tensors cost page faults."""

@@ -2,6 +2,9 @@
 
     batches ──float32 forward and backward──> histograms of every operand of a matmul ──format──> zero, subnormal,
                                                                                                 saturated fractions
+The scales of 8-bit tensors are told by a rehearsal: each batch once more, in the recipe's own arithmetic. They come
+from the largest magnitude, and where that is near a power of two, the errors of the layers before decide.
+
 The model is not changed: no step is applied. The sizes of gradients depend on the batch and the length of its texts,
 since the loss is their mean: take those of the training to come.
 """
@@ -9,11 +12,11 @@ since the loss is their mean: take those of the training to come.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from fewbits.errors import FewbitsError
 from fewbits.formats import Format
@@ -32,10 +35,9 @@ from fewbits.train.preflight_prediction import (
     scale_window,
     tolerance,
 )
+from fewbits.train.preflight_rehearsal import ONE_SCALE, Batch, left_as_it_was, loss_of, rehearse
 from fewbits.train.recipe import Recipe
 
-Batch = Mapping[str, Any] | Tensor
-"""What the model is called with: keywords, or one tensor. Its answer is the loss, or has it as ``.loss``."""
 Progress = Callable[[int, int], None]
 """Called with steps done and steps in all, where that is known."""
 
@@ -146,24 +148,22 @@ def preflight(
             message names the module), or what ``MixedPrecision`` refuses too.
     """
     wanted = check_recipe(recipe)
-    parameters = check_model(model)
+    check_model(model)
     weights = linear_weights(model)
-    recorder = Recorder(wanted, kept_names(wanted, list(weights)))
-    policy = Policy(Recipe.named("fp32"), {id(weight): (name, False) for name, weight in weights.items()})
-    policy.observe(recorder)
+    kept = kept_names(wanted, list(weights))
+    recorder = Recorder(wanted, kept)
+    plain = Policy(Recipe.named("fp32"), {id(weight): (name, False) for name, weight in weights.items()})
+    plain.observe(recorder)
+    rehearsed = Policy(wanted, {id(weight): (name, name in kept) for name, weight in weights.items()})
     losses: list[float] = []
-    held = {name: param.grad for name, param in parameters.items()}
     total = len(batches) if hasattr(batches, "__len__") else 0  # type: ignore[arg-type]
-    try:
-        with recorder.watching(model):
-            for batch in batches:
-                losses.append(_run(model, batch, policy, parameters))
-                recorder.end_step()
-                if progress:
-                    progress(len(losses), max(total, len(losses)))
-    finally:
-        for name, param in parameters.items():
-            param.grad = held[name]
+    with left_as_it_was(model), recorder.watching(model):
+        for batch in batches:
+            recorder.begin_step(rehearse(model, batch, rehearsed) if wanted.scaling in ONE_SCALE else {})
+            losses.append(_run(model, batch, plain))
+            recorder.end_step()
+            if progress:
+                progress(len(losses), max(total, len(losses)))
     return _judged(recorder, wanted, losses)
 
 
@@ -179,17 +179,8 @@ def check_recipe(recipe: str | Recipe, keep: Sequence[str] = ()) -> Recipe:
     return replace(found, keep=(*found.keep, *keep))
 
 
-def _run(model: nn.Module, batch: Batch, policy: Policy, parameters: dict[str, nn.Parameter]) -> float:
-    for param in parameters.values():
-        param.grad = None
-    with policy.entered():
-        answer = model(batch) if isinstance(batch, Tensor) else model(**batch)
-    loss = answer if isinstance(answer, Tensor) else getattr(answer, "loss", None)
-    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
-        raise FewbitsError(
-            f"model: it answered with {type(answer).__name__} and no loss of one number; give batches with labels, or "
-            "a model that returns its loss"
-        )
+def _run(model: nn.Module, batch: Batch, policy: Policy) -> float:
+    loss = loss_of(model, batch, policy)
     value = float(loss.detach())
     if math.isnan(value):
         raise FewbitsError("loss: it is NaN in fp32 already, though no operand of a matmul is; look at the last layers")

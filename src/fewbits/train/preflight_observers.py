@@ -1,106 +1,42 @@
-"""Who looks at the operands of matmuls: a recorder in a float32 run, a counter in a run of low precision.
+"""Who looks at the operands of matmuls in a float32 run: a recorder.
 
-Both are told by the same lines of ``fewbits.train.matmul``, so a prediction and its check count the same tensors.
-The name of an operand is its module and its kind:
-
-    weight, activation, gradient      what matmuls read; the gradient is that of the module's output
-    output, input_gradient, weight_gradient      what they give
+The counter of a run in low precision (``preflight_counter``) is told by the same lines of ``fewbits.train.matmul``, so
+a prediction and its check count the same tensors.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
 from fewbits.errors import FewbitsError
-from fewbits.formats import Format, exact
+from fewbits.formats import Format
 from fewbits.train.exponents import Counts, Histogram
+from fewbits.train.preflight_names import Key, ModuleNames, split_key
+from fewbits.train.preflight_rehearsal import Scales
 from fewbits.train.recipe import Recipe, is_eight_bit
 from fewbits.train.scaling import AmaxHistory, scale_amax, scale_exponents
 
-Key = tuple[str, str]
-"""Module and kind."""
+RESOLVED = 2.0**-24
+"""Of float32: what is smaller, beside another term of a sum, leaves no trace in it."""
 
 
-class ModuleNames:
-    """Names the matmuls that are no linear layers after the module that calls them."""
+def noise_rows(x: Tensor, key: str) -> Tensor | None:
+    """The rows of a gradient that say nothing, bool ``[R]``; None where there are none, or for other operands.
 
-    def __init__(self) -> None:
-        self._running: list[str] = []
-
-    @contextmanager
-    def watching(self, model: nn.Module) -> Iterator[None]:
-        """Follow which module of the model is running."""
-        with ExitStack() as hooks:
-            for name, module in model.named_modules():
-                hooks.callback(module.register_forward_pre_hook(self._enter(name)).remove)
-                hooks.callback(module.register_forward_hook(self._leave, always_call=True).remove)
-            yield
-            self._running.clear()
-
-    def _enter(self, name: str) -> Callable[..., None]:
-        return lambda module, args: self._running.append(name)
-
-    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self._running:
-            self._running.pop()
-
-    def name_of(self, func: Callable[..., Any]) -> str:
-        """The running module and the function, as in ``layers.0.attention.matmul``; a convolution is its module."""
-        inside = self._running[-1] if self._running else ""
-        if inside and _is_convolution(func):
-            return inside
-        called = getattr(func, "__name__", "matmul").strip("_")
-        return f"{inside}.{called}" if inside else called
-
-    def matmul(self, func: Any, args: tuple[Any, ...], result: Any) -> None:
-        """Take a function's operands one by one, and the gradient of its result when that comes."""
-        name = self.name_of(func)
-        weighted = func is functional.linear or _is_convolution(func)
-        tensors = [arg for arg in args[: 2 if weighted else 3] if isinstance(arg, Tensor) and arg.is_floating_point()]
-        for place, tensor in enumerate(tensors):
-            self.plain(f"{name} {'weight' if weighted and place else 'activation'}", tensor)
-        if isinstance(result, Tensor):
-            self.result(f"{name} output", result)
-            if result.requires_grad:
-                result.register_hook(  # type: ignore[no-untyped-call]
-                    lambda gradient: self.plain(f"{name} gradient", gradient)
-                )
-
-    def plain(self, key: str, x: Tensor) -> None:
-        """An operand in the format of the results."""
-        self.operand(key, x, x, _FORMATS[x.dtype], None, False)
-
-    def operand(self, key: str, before: Tensor, after: Tensor, fmt: Format, amax: Tensor | None, square: bool) -> None:
-        """An operand of a matmul; see ``fewbits.train.matmul.Observer``."""
-        raise NotImplementedError
-
-    def result(self, key: str, result: Tensor) -> None:
-        """What a matmul gave."""
-
-
-_FORMATS = {
-    torch.float32: Format.named("fp32"),
-    torch.float16: Format.named("fp16"),
-    torch.bfloat16: Format.named("bf16"),
-}
-
-
-def _is_convolution(func: Any) -> bool:
-    return getattr(func, "__name__", "").startswith("conv")
-
-
-def split_key(key: str) -> Key:
-    """Module and kind of ``layers.0.up weight``."""
-    module, _, kind = key.rpartition(" ")
-    return module, kind
+    The query of a first token sees only its own key: its gradient is zero in exact arithmetic, a difference of equal
+    terms, of which each precision leaves another noise. So a row (a token) whose largest magnitude is below what
+    float32 resolves beside the tensor's largest is nothing that a format could lose.
+    """
+    if not key.endswith(" gradient") or x.ndim != 2 or not x.numel():
+        return None
+    largest = x.detach().abs().amax(1)
+    noise = largest <= RESOLVED * largest.amax()
+    return noise if bool(noise.any()) else None
 
 
 @dataclass
@@ -141,6 +77,7 @@ class Recorder(ModuleNames):
         self._history = AmaxHistory(recipe.history)
         self._weights: set[str] = set()
         self._last: tuple[Tensor, int, Counts] | None = None
+        self._rehearsed: dict[str, Iterator[int]] = {}
 
     def operand(self, key: str, before: Tensor, after: Tensor, fmt: Format, amax: Tensor | None, square: bool) -> None:
         """Record an operand; the weights, which do not change, once.
@@ -184,6 +121,10 @@ class Recorder(ModuleNames):
         fmt = self.recipe.kept if module in self._kept else self.recipe.results
         self._record(module, kind, fmt).raw.add(counts)
 
+    def begin_step(self, scales: Scales) -> None:
+        """A step begins, in which whole 8-bit tensors have these scales, told by a rehearsal."""
+        self._rehearsed = {key: iter(exponents) for key, exponents in scales.items()}
+
     def end_step(self) -> None:
         """A step is over: delayed scaling looks back by steps."""
         self._history.end_step(keep=True)
@@ -212,81 +153,28 @@ class Recorder(ModuleNames):
 
     def _add_scaled(self, record: Record, x: Tensor, counts: Counts, key: str, square: bool) -> None:
         assert record.scaled is not None
+        noise = noise_rows(x, key)
+        if noise is not None:
+            counts = counts.as_if_zero(Counts.of(x[noise]))
         for rows in self._orientations(x, square):
-            # Operands are in the format of the results before they get 8 bits.
-            amax = scale_amax(rows, self.recipe.scaling, self._history, key, square)
-            amax = amax.to(torch.bfloat16 if self.recipe.results.name == "bf16" else torch.float32).float()
-            exponents = scale_exponents(rows, record.fmt, amax, square)
+            exponents = self._exponents(rows, record.fmt, key, square)
             if exponents.ndim == 0 and bool(exponents.isfinite()):
                 record.scales[int(exponents)] += 1
                 record.scaled.add(counts.scaled(int(exponents)))
             else:
                 record.scaled.add(Counts.of(rows * torch.exp2(exponents)))
 
+    def _exponents(self, x: Tensor, fmt: Format, key: str, square: bool) -> Tensor:
+        """The k of the scales 2^k: those of the rehearsal, else from the values here."""
+        amax = scale_amax(x, self.recipe.scaling, self._history, key, square)
+        rehearsed = next(self._rehearsed.get(key, iter(())), None)
+        if rehearsed is not None:
+            return torch.tensor(float(rehearsed), device=x.device)
+        if self.recipe.results.name == "bf16" and not key.endswith(" weight"):
+            amax = amax.bfloat16().float()  # before they get 8 bits, these are in the format of the results
+        return scale_exponents(x, fmt, amax, square)
+
     def _orientations(self, x: Tensor, square: bool) -> tuple[Tensor, ...]:
         """Where scales run along the sums, the backward pass rounds anew along other sums."""
         both = self.recipe.scaling == "row" or (self.recipe.scaling == "block" and not square)
         return (x, x.t()) if both else (x,)
-
-
-@dataclass
-class Tally:
-    """What was counted of one operand in a run of low precision.
-
-    Attributes:
-        values: How many values were read.
-        zeros: How many of them were zero, or became so.
-        zeroed: How many of them the last cast made zero. To 8 bits there is one cast; a 16-bit operand may have got its
-            zeros before, when it was the result of another operation.
-        subnormal: How many were subnormal numbers of the format.
-        saturated: How many were Inf, or beyond the format's range before they were rounded.
-        nan: How many were NaN.
-        scales: How often each scale 2^k was given to a whole 8-bit tensor, by k.
-    """
-
-    values: int = 0
-    zeros: int = 0
-    zeroed: int = 0
-    subnormal: int = 0
-    saturated: int = 0
-    nan: int = 0
-    scales: Counter[int] = field(default_factory=Counter)
-
-
-class OperandCounter(ModuleNames):
-    """Counts zeros, subnormal and saturated values as the matmuls of a real run read them.
-
-    counter = OperandCounter()
-    mp.policy.observe(counter)
-    with counter.watching(model):
-        …  # train
-    counter.tallies["layers.0.up", "gradient"].zeros
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tallies: dict[Key, Tally] = {}
-
-    def operand(self, key: str, before: Tensor, after: Tensor, fmt: Format, amax: Tensor | None, square: bool) -> None:
-        """Count an operand."""
-        tally = self.tallies.setdefault(split_key(key), Tally())
-        exponents = None if amax is None else scale_exponents(after, fmt, amax, square)
-        magnitude = _up(after, exponents).abs()
-        tally.values += magnitude.numel()
-        zero = magnitude == 0
-        tally.zeros += int(zero.sum())
-        tally.zeroed += int((zero & (before != 0)).sum())
-        tally.subnormal += int(((magnitude > 0) & (magnitude < fmt.smallest_normal)).sum())
-        tally.nan += int(magnitude.isnan().sum())
-        if exponents is None:
-            tally.saturated += int(magnitude.isinf().sum())
-        else:
-            beyond = float(fmt.max + exact.ulp(fmt.max, fmt) / 2)
-            if exponents.ndim == 0 and bool(exponents.isfinite()):
-                tally.scales[int(exponents)] += 1
-            tally.saturated += int((_up(before, exponents).abs() > beyond).sum())
-
-
-def _up(x: Tensor, exponents: Tensor | None) -> Tensor:
-    wide = x.detach().float()
-    return wide if exponents is None else wide * torch.exp2(exponents)

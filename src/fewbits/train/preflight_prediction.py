@@ -16,7 +16,8 @@ from functools import cache
 
 from fewbits.formats import Format, exact
 from fewbits.train.exponents import Histogram
-from fewbits.train.preflight_observers import Key, Record
+from fewbits.train.preflight_names import Key
+from fewbits.train.preflight_observers import Record
 from fewbits.train.recipe import LossScaling, is_eight_bit
 
 OPERANDS = ("weight", "activation", "gradient")
