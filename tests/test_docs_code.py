@@ -30,12 +30,20 @@ NOT_RUN = {("explore", "--open"), ("explore",)}
 TEXT = "\n".join(f"Precision is a budget: {i} bits and {i} more are {2 * i} bits." for i in range(400))
 
 
+@pytest.fixture(scope="module")
+def model(save_tiny: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model whose context holds the windows that commands take unasked."""
+    folder = tmp_path_factory.mktemp("pages") / "model"
+    save_tiny(folder, max_position_embeddings=1024)
+    return folder
+
+
 @pytest.fixture
-def session(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def session(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with models and a text under the names that the pages use; it is the current one."""
     for name in MODELS:
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).symlink_to(tiny, target_is_directory=True)
+        (tmp_path / name).symlink_to(model, target_is_directory=True)
     (tmp_path / "THUDM").mkdir()
     save_tiny_chatglm(tmp_path / "THUDM/chatglm3-6b")
     write_sentencepiece(tmp_path / "THUDM/chatglm3-6b/tokenizer.model")
