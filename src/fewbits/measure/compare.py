@@ -21,7 +21,8 @@ from torch import nn
 from fewbits.errors import FewbitsError
 from fewbits.measure import memory
 from fewbits.measure import text as texts
-from fewbits.measure.comparison import Comparison, Row, Worst
+from fewbits.measure.comparison import Comparison, Layer, Row, Worst
+from fewbits.measure.layers import ReferenceLayers
 from fewbits.measure.machine import this_machine
 from fewbits.measure.pieces import next_text, token_texts
 from fewbits.measure.positions import WorstPosition
@@ -106,6 +107,7 @@ class _Comparing(ExitStack):
         self._prompt, self._new_tokens = prompt, new_tokens
         self._progress = progress
         self._reference: Reference | None = None
+        self._layers: ReferenceLayers | None = None
         self.notes: list[str] = []
         self.tokens = tuple(token_texts(tokenizer, ids) for ids in windows.tolist()) if self._tokenizer else ()
 
@@ -114,6 +116,7 @@ class _Comparing(ExitStack):
         gc.collect()  # the last row's model was a name of this function alone; modules can hold each other in cycles
         model = subject.load(progress=self._step(f"{label}: loading"))
         quality = self._quality(model, label, self._step(f"{label}: text"))
+        layers = self._of_layers(model)
         speed = self._speed(model, self._step(f"{label}: speed"))
         return Row(
             name=subject.name,
@@ -129,6 +132,7 @@ class _Comparing(ExitStack):
             decode_tps=speed.decode if speed else None,
             top1_stderr=quality.top1_stderr,
             perplexity_stderr=quality.perplexity_stderr,
+            layers=layers,
             losses=quality.losses,
             kls=quality.kls,
             worst=tuple(self._in_words(position) for position in quality.worst),
@@ -142,6 +146,12 @@ class _Comparing(ExitStack):
         quality = self._reference.measure(model, progress)
         self._note_nonfinite(label, quality)
         return quality
+
+    def _of_layers(self, model: nn.Module) -> tuple[Layer, ...]:
+        if self._layers is None:
+            self._layers = self.enter_context(ReferenceLayers(model, self._windows[0]))
+            return self._layers.layers
+        return self._layers.measure(model)
 
     def _note_nonsense(self, reference: Reference) -> None:
         """Say that the reference itself does not know the text: no candidate's figures mean anything then."""

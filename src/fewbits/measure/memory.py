@@ -36,7 +36,7 @@ def weight_bytes(model: nn.Module) -> int:
 
 def checkpoint_bytes(model: nn.Module) -> int:
     """Bytes of a checkpoint that holds the model's tensors as they are, tied ones once, headers left out."""
-    unique = {_storage_key(part): part.nbytes for tensor in model.state_dict().values() for part in _plain(tensor)}
+    unique = {_storage_key(part): part.nbytes for tensor in model.state_dict().values() for part in plain_parts(tensor)}
     return sum(unique.values())
 
 
@@ -52,6 +52,16 @@ def bits_per_weight(model: nn.Module) -> float | None:
         counts = [(8 * weight.element_size() * weight.numel(), weight.numel()) for weight in linears]
     weights = sum(count for _, count in counts)
     return sum(bits for bits, _ in counts) / weights if weights else None
+
+
+def plain_parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The plain tensors that a tensor consists of: itself, or the parts of a wrapper (codes, scales)."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        yield tensor
+        return
+    names, _ = tensor.__tensor_flatten__()
+    for name in names:
+        yield from plain_parts(getattr(tensor, name))
 
 
 def resident_bytes() -> int:
@@ -78,18 +88,8 @@ def peak_resident_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # KiB everywhere but on macOS
 
 
-def _plain(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The plain tensors that a tensor consists of: itself, or the parts of a wrapper (codes, scales)."""
-    if not hasattr(tensor, "__tensor_flatten__"):
-        yield tensor
-        return
-    names, _ = tensor.__tensor_flatten__()
-    for name in names:
-        yield from _plain(getattr(tensor, name))
-
-
 def _storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    unique = {_storage_key(part): part.untyped_storage().nbytes() for tensor in tensors for part in _plain(tensor)}
+    unique = {_storage_key(part): part.untyped_storage().nbytes() for tensor in tensors for part in plain_parts(tensor)}
     return sum(unique.values())
 
 

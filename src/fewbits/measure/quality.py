@@ -15,10 +15,7 @@ of each model, and a few numbers for each position.
 
 from __future__ import annotations
 
-import errno
 import math
-import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -29,8 +26,10 @@ import torch
 
 from fewbits.errors import FewbitsError
 from fewbits.measure.positions import WorstPosition, WorstPositions, standard_error
+from fewbits.measure.room import check_room, roomy_folder, write
 
 _CHUNK_BYTES = 32 << 20  # of float32 log-probabilities: beyond the caches anyway, and small beside any model
+_RECORDED = "the reference's log-probabilities"
 
 Model = Callable[..., Any]
 """Anything called as `model(input_ids=[1, T])` whose answer has `.logits` [1, T, V]."""
@@ -100,12 +99,12 @@ class Reference:
             progress: called after each window.
 
         Raises:
-            FewbitsError: the temporary folder has too little room for W·T·V float32.
+            FewbitsError: the temporary folder has too little room for W·T·V float32, or becomes full.
         """
         self.windows = windows
         self.vocabulary = 0
         """How many tokens the reference gives a probability; known once it has run."""
-        self._file: IO[bytes] = tempfile.TemporaryFile(dir=_roomy_folder())  # noqa: SIM115 - closed by close()
+        self._file: IO[bytes] = tempfile.TemporaryFile(dir=roomy_folder())  # noqa: SIM115 - closed by close()
         try:
             self.quality = self._record(model, progress)
             """The reference against itself."""
@@ -119,8 +118,8 @@ class Reference:
             for rows, log_p in _log_probabilities(model, window):
                 if not self.vocabulary:
                     self.vocabulary = log_p.shape[-1]
-                    _check_room(self.windows.numel() * self.vocabulary * 4)
-                self._write(log_p)
+                    check_room(self.windows.numel() * self.vocabulary * 4, _RECORDED)
+                write(self._file, log_p.cpu(), _RECORDED)
                 losses.append(_next_token_loss(log_p, window, rows))
             if progress:
                 progress(done, len(self.windows))
@@ -148,19 +147,6 @@ class Reference:
                 progress(index + 1, len(self.windows))
         kls, agreed, lost = (torch.cat(each).view(len(self.windows), -1) for each in (divergences, agreements, losses))
         return _quality(kls, agreed, lost, worst.found())
-
-    def _write(self, log_p: torch.Tensor) -> None:
-        try:
-            self._file.write(log_p.cpu().numpy().data)
-            self._file.flush()
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise
-            needed = self.windows.numel() * self.vocabulary * 4
-            raise FewbitsError(
-                f"{_roomy_folder()} became full while the reference's log-probabilities were written ({needed:,} bytes "
-                f"in all: {error.strerror}): set TMPDIR to a folder with more room, or measure fewer windows"
-            ) from None
 
     def _read(self, rows: int) -> torch.Tensor:
         data = bytearray(rows * self.vocabulary * 4)
@@ -237,20 +223,3 @@ def _quality(
         losses=tuple((None, *window) for window in losses.tolist()),
         worst=worst,
     )
-
-
-def _roomy_folder() -> str:
-    """Where the file goes: what TMPDIR says, or /var/tmp, since /tmp is often a part of the memory."""
-    large = "/var/tmp"  # by the Filesystem Hierarchy Standard the one for large files
-    given = any(os.environ.get(name) for name in ("TMPDIR", "TEMP", "TMP"))
-    return large if not given and os.access(large, os.W_OK) else tempfile.gettempdir()
-
-
-def _check_room(nbytes: int) -> None:
-    folder = _roomy_folder()
-    free = shutil.disk_usage(folder).free
-    if nbytes > free:
-        raise FewbitsError(
-            f"the reference's log-probabilities take {nbytes:,} bytes, and {folder} has {free:,} free: "
-            "set TMPDIR to a folder with more room, or measure fewer windows"
-        )
