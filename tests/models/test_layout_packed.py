@@ -280,7 +280,7 @@ def test_a_folder_without_any_codes_is_refused(tiny: Path, folders: Path, tmp_pa
         load(folder)
 
 
-def test_a_layer_of_another_precision_is_read_as_its_values(folders: Path, tmp_path: Path) -> None:
+def test_a_layer_of_another_precision_stays_in_it(folders: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(folders / "int4", tmp_path / "mixed")
     stored = load_file(folder / "model.safetensors")
     values = as_weights(open_source(folder)).read(UP)
@@ -295,8 +295,30 @@ def test_a_layer_of_another_precision_is_read_as_its_values(folders: Path, tmp_p
     quantization["config_groups"]["group_1"] = {"targets": [UP.removesuffix(".weight")], "weights": weights}
     config.quantization_config = quantization | {"format": "mixed-precision"}
     config.save_pretrained(folder)
+    model = load(folder)
+    up, gate = model.model.layers[0].mlp.up_proj, model.model.layers[0].mlp.gate_proj
+    assert isinstance(up, QuantLinear)
+    assert isinstance(gate, QuantLinear)
+    assert (up.format, up.activations, gate.format) == ("int8", None, "int4")
+    assert torch.equal(up.quantized_weight().dequantize(), int8.dequantize())
+
+
+def test_a_layer_of_a_scheme_without_precision_is_read_as_its_values(folders: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(folders / "int4", tmp_path / "mixed")
+    stored = load_file(folder / "model.safetensors")
+    values = as_weights(open_source(folder)).read(UP)
+    fp8 = quantize_weight(values, "e4m3fn", scale_dtype=torch.bfloat16)
+    for suffix in ("_packed", "_shape", "_scale"):
+        del stored[f"{UP}{suffix}"]
+    save_file(stored | {UP: fp8.codes, f"{UP}_scale": fp8.scales}, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    weights = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel", "dynamic": False}
+    group = {"targets": [UP.removesuffix(".weight")], "weights": weights}
+    config["quantization_config"]["config_groups"]["group_1"] = group
+    config["quantization_config"]["format"] = "mixed-precision"
+    (folder / "config.json").write_text(json.dumps(config))
     with pytest.warns(UserWarning, match=f"mixed: 1 weights, such as {UP}, are of another scheme"):
         model = load(folder)
     assert type(model.model.layers[0].mlp.up_proj) is torch.nn.Linear
     assert isinstance(model.model.layers[0].mlp.gate_proj, QuantLinear)
-    assert torch.equal(model.get_parameter(UP).data, int8.dequantize().bfloat16().float())
+    assert torch.equal(model.get_parameter(UP).data, fp8.dequantize().bfloat16().float())

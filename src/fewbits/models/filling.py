@@ -181,15 +181,15 @@ class _Maker:
     def _one(self, name: str, parameter: str) -> QuantizedTensor:
         """A stored tensor as it is, if it has codes of this kind, or quantized."""
         source = self._reader.source
-        wanted = self._plan.precision.of_head if parameter == self._head else self._plan.precision
+        wanted = self._plan.precision.of_head if parameter == self._head else self._plan.of(parameter)
         if isinstance(source, QuantizedSource) and source.holds(name, wanted):
             return self._reader.read_quantized(name)
         return self._quantized(name, parameter, self._reader.read(name))
 
     def _quantized(self, name: str, parameter: str, tensor: Tensor) -> QuantizedTensor:
-        source, kept, precision = self._reader.source, self._plan.kept, self._plan.precision
+        source, kept, precision = self._reader.source, self._plan.kept, self._plan.of(parameter)
         if parameter == self._head:  # from the numbers that a converted folder holds
-            return _quantize(source, name, cast_weight(name, tensor, kept), precision.of_head, kept)
+            return _quantize(source, name, cast_weight(name, tensor, kept), self._plan.precision.of_head, kept)
         rows = self._weights[parameter].as_rows(tensor)
         return _quantize(source, name, rows, precision, kept)
 

@@ -51,11 +51,11 @@ class Loading:
     ) -> None:
         if isinstance(keep, str):
             raise FewbitsError(f"keep: a list of patterns is needed, got the string {keep!r}; give keep=[{keep!r}]")
-        self.source, self.config, self.keep, self.progress = source, config, keep, progress
+        self.source, self.config, self.keep, self.rotate, self.progress = source, config, keep, rotate, progress
         stored = source.precision if isinstance(source, QuantizedSource) else None
-        if stored is not None and asked is not None and asked.name != stored.name:
+        if isinstance(source, QuantizedSource) and asked is not None and asked.name != source.precision_name:
             raise FewbitsError(
-                f"{source.path} is stored in {stored.name} and cannot be loaded in {asked.name}; "
+                f"{source.path} is stored in {source.precision_name} and cannot be loaded in {asked.name}; "
                 "load the model it was converted from"
             )
         self.precision = _rotated(stored or asked, stored, rotate, source)
@@ -127,7 +127,25 @@ class Loading:
         if head in present and head not in self.empty.all_tied_weights_keys and not keeps_head:
             parameters.add(head)
         scales = self.source.scale_dtype if isinstance(self.source, QuantizedSource) else kept
-        return Plan(precision, frozenset(parameters), kept, self.dtype, scales, not keeps_head), nbytes
+        mixed = self._mixed(quantized)
+        return Plan(precision, frozenset(parameters), kept, self.dtype, scales, not keeps_head, mixed), nbytes
+
+    def _mixed(self, quantized: Sequence[str]) -> dict[str, Precision]:
+        """What each weight is, by parameter, of a checkpoint in which they differ; else nothing."""
+        source = self.source
+        mixed: dict[str, Precision] = {}
+        of_module: dict[str, Precision] = {}
+        if not isinstance(source, QuantizedSource) or len(set(source.precisions.values())) == 1:
+            return {}
+        layers = quantizable_weights(self.empty)
+        for name in quantized:
+            stored = source.precisions[name]
+            precision = _rotated(stored, stored, self.rotate, source)
+            assert precision is not None, name
+            for parameter in self.places[name].parameters():
+                module = layers[parameter].module  # experts have one precision: what differs is rounded again
+                mixed[parameter] = of_module.setdefault(module, precision)
+        return mixed
 
     def _warn_of_what_is_left_out(self) -> None:
         experts = experts_left_out(self.empty) if self.quantized else []

@@ -24,7 +24,7 @@ class ManifestRow:
         module: Its name without ``.weight``; the full name for a bias.
         tensor: Its full name.
         shape: Its shape.
-        format: The format it gets.
+        format: The format it gets; where layers get several precisions, the precision's name.
         nbytes: Bytes it takes: codes and scales, or values.
         reason: Why it does not get the precision that was asked for; None if it does.
     """
@@ -46,6 +46,7 @@ def make_manifest(
     dtype: torch.dtype,
     keep: Sequence[str] = (),
     keep_head: bool = True,
+    mixed: Mapping[str, Precision] | None = None,
 ) -> list[ManifestRow]:
     """Decide the format of every tensor.
 
@@ -60,6 +61,7 @@ def make_manifest(
         dtype: 16- or 32-bit dtype of what is kept, and of the scales.
         keep: Patterns of module names (``*`` matches anything) that stay in ``dtype``.
         keep_head: Whether the output head stays too, as the readers of a layout expect.
+        mixed: The precision of each module, where they differ; those that are not in it stay. None: all have one.
 
     Raises:
         FewbitsError: If a pattern matches no layer, or nothing at all would be quantized.
@@ -75,14 +77,16 @@ def make_manifest(
         weight = weights.get(parameter or "")
         others = [weights[each].module for each in places[tensor].parameters() if each in weights] if weight else []
         names = (tensor.removesuffix(".weight"), *others)
-        reason = None if precision.cast else _why_kept(model, names, parameter, weight, head, precision, keep)
-        if precision.cast or reason or weight is None:
+        given = precision if mixed is None or weight is None else mixed.get(weight.module)
+        reason = None if precision.cast else _why_kept(model, names, parameter, weight, head, given, keep)
+        if precision.cast or reason or weight is None or given is None:
             nbytes = math.prod(shape) * dtype.itemsize
             rows.append(ManifestRow(module, tensor, shape, _format_of(dtype), nbytes, reason))
         else:
             *channels, K = weight.rows(shape)
-            nbytes = precision.weight_bytes(math.prod(channels), K, dtype.itemsize)
-            rows.append(ManifestRow(module, tensor, shape, precision.weights.name, nbytes, None))
+            nbytes = given.weight_bytes(math.prod(channels), K, dtype.itemsize)
+            name = given.weights.name if mixed is None else given.name
+            rows.append(ManifestRow(module, tensor, shape, name, nbytes, None))
     if not precision.cast and all(row.reason for row in rows):
         narrow = next((row for row in rows if row.reason and "the group size" in row.reason), None)
         raise FewbitsError(
@@ -111,7 +115,7 @@ def _why_kept(
     parameter: str | None,
     weight: Weight | None,
     head: str | None,
-    precision: Precision,
+    precision: Precision | None,
     keep: Sequence[str],
 ) -> str | None:
     if parameter is None:
@@ -124,6 +128,8 @@ def _why_kept(
     pattern = next((pattern for pattern in keep if any(fnmatchcase(name, pattern) for name in names)), None)
     if pattern:
         return f"kept by {pattern!r}"
+    if precision is None:
+        return "no rule of the recipe names it"
     if precision.group_size is not None and weight.K % precision.group_size:
         return f"{weight.K} input features are no multiple of the group size {precision.group_size}"
     return weight.reason

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
@@ -18,7 +19,7 @@ from fewbits.models.layouts import bitsandbytes, compressed_tensors
 from fewbits.models.layouts.stored_weight import SCALE_DTYPES, StoredWeight
 from fewbits.models.precision import Precision
 from fewbits.models.source import Source, StoredTensor
-from fewbits.tensors.quantized import QuantizedTensor
+from fewbits.tensors.quantized import QuantizedTensor, has_power_scales
 
 FOLDER_LAYOUTS: dict[str, ModuleType] = {module.NAME: module for module in (compressed_tensors, bitsandbytes)}
 """Layouts of folders by ``quant_method``. Each is a module with the functions that ``compressed_tensors`` has."""
@@ -84,21 +85,30 @@ class QuantizedSource(DequantizedSource):
 
     Attributes:
         precision: What its layers are quantized to; where they differ, what most of the weights are.
+        precisions: What each weight is, by name.
         layout: The name of its layout.
-        weights: The weights of this precision by name, and their shapes with input features last. Weights of another
-            are read as the numbers that they stand for.
+        weights: The shapes of these weights, input features last. Those of a scheme that no precision has are read as
+            the numbers that they stand for.
         scale_dtype: The widest dtype of their scales.
     """
 
     def __init__(self, stored: Source, layout: ModuleType, found: Mapping[str, StoredWeight]) -> None:
         super().__init__(stored, found)
         self.layout: str = layout.NAME
-        self.precision = _most(found)
-        same = [weight for weight in found.values() if weight.precision == self.precision]
-        self.weights = {weight.name: weight.shape for weight in same}
-        dtypes = {SCALE_DTYPES[weight.scale_dtype] for weight in same}
+        self.precisions = {name: each.precision for name, each in found.items() if each.precision is not None}
+        self.weights = {name: found[name].shape for name in self.precisions}
+        self._counts = _counts(self.precisions, self.weights)
+        self.precision = max(self._counts, key=lambda precision: self._counts[precision])
+        any_dtype = {name for name, each in self.precisions.items() if has_power_scales(each.weights.name)}
+        dtypes = {SCALE_DTYPES[found[name].scale_dtype] for name in self.precisions.keys() - any_dtype or any_dtype}
         self.scale_dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
         self._last_codes: tuple[str, QuantizedTensor] | None = None
+
+    @property
+    def precision_name(self) -> str:
+        """What listings say of it: the names of its precisions, that of most weights first."""
+        most_first = sorted(self._counts, key=lambda precision: -self._counts[precision])
+        return "+".join(dict.fromkeys(precision.name for precision in most_first))
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows of a tensor; of a quantized weight too, whose codes are read whole for them."""
@@ -117,10 +127,11 @@ class QuantizedSource(DequantizedSource):
 
     def holds(self, name: str, precision: Precision) -> bool:
         """Whether a tensor can be read as codes and scales of this very precision."""
-        return name in self._found and self._found[name].precision == precision
+        return self.precisions.get(name) == precision
 
     def _stored_as(self, weight: StoredWeight) -> str:
-        return self.precision.weights.name if weight.name in self.weights else weight.scale_dtype
+        precision = self.precisions.get(weight.name)
+        return weight.scale_dtype if precision is None else precision.weights.name
 
 
 def as_weights(source: Source) -> Source:
@@ -155,13 +166,12 @@ def as_weights(source: Source) -> Source:
     return opened
 
 
-def _most(found: Mapping[str, StoredWeight]) -> Precision:
-    """The precision that most of the weights have."""
+def _counts(precisions: Mapping[str, Precision], shapes: Mapping[str, tuple[int, ...]]) -> dict[Precision, int]:
+    """How many weights each precision has."""
     counts: dict[Precision, int] = {}
-    for weight in found.values():
-        if weight.precision is not None:
-            counts[weight.precision] = counts.get(weight.precision, 0) + torch.Size(weight.shape).numel()
-    return max(counts, key=lambda precision: counts[precision])
+    for name, precision in precisions.items():
+        counts[precision] = counts.get(precision, 0) + math.prod(shapes[name])
+    return counts
 
 
 def _tell_what_is_dequantized(source: Source, names: list[str]) -> None:

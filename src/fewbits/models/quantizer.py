@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,12 +31,13 @@ class Plan:
     """What of a model is quantized, decided before it is built.
 
     Attributes:
-        precision: What its layers are quantized to, groups fitted.
+        precision: What its layers are quantized to, groups fitted; where they differ, what most of them are.
         parameters: Names of the weights that are; the output head's may be among them, always in int8.
         kept: 16- or 32-bit dtype of what is stored beside quantized weights.
         dtype: What is computed in between quantized layers.
         scales: Dtype of the scales.
         head: Whether an output head that is tied to the embedding gets weights of its own.
+        mixed: What each weight is quantized to, where they differ; else empty.
     """
 
     precision: Precision
@@ -44,6 +46,23 @@ class Plan:
     dtype: torch.dtype
     scales: torch.dtype
     head: bool = True
+    mixed: Mapping[str, Precision] = field(default_factory=dict)
+
+    def of(self, parameter: str) -> Precision:
+        """What a weight is quantized to."""
+        return self.mixed.get(parameter, self.precision)
+
+    @property
+    def is_writable(self) -> bool:
+        """Whether there is a layout that can say it."""
+        return all(each.name in compressed_tensors.WRITES for each in (self.precision, *self.mixed.values()))
+
+    def layers(self) -> dict[Precision, list[str]]:
+        """The names of the layers of each precision, where they differ."""
+        found: dict[Precision, list[str]] = {}
+        for parameter, precision in self.mixed.items():
+            found.setdefault(precision, []).append(parameter.removesuffix(".weight"))
+        return found
 
 
 @register_quantization_config(_METHOD)
@@ -57,8 +76,10 @@ class FewbitsConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transform
 
     def to_dict(self) -> dict[str, Any]:
         """What ``config.json`` holds under ``quantization_config``."""
-        if self.plan.precision.name not in compressed_tensors.WRITES:
+        if not self.plan.is_writable:
             return {"quant_method": _METHOD, "precision": self.plan.precision.name}
+        if self.plan.mixed:
+            return compressed_tensors.mixed_config(self.plan.layers(), self.ignore)
         return compressed_tensors.quantization_config(self.plan.precision, self.ignore)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FewbitsConfig:
@@ -84,10 +105,10 @@ class FewbitsQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is no
             if isinstance(module, QuantExperts):  # for another of its weights
                 continue
             if weight.kind == "experts":
-                replaced: nn.Module = QuantExperts(module, plan.precision, plan.scales)
+                replaced: nn.Module = QuantExperts(module, plan.of(weight.parameter), plan.scales)
             else:
                 kind = QuantHead if weight.parameter == head else QuantLinear
-                precision = plan.precision.of_head if weight.parameter == head else plan.precision
+                precision = plan.precision.of_head if weight.parameter == head else plan.of(weight.parameter)
                 replaced = kind.empty(weight.N, weight.K, module.bias is not None, precision, plan.scales)
             _mark_filled(replaced)
             model.set_submodule(weight.module, replaced)
@@ -128,30 +149,29 @@ class FewbitsQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is no
                 continue
             module, scales = model.get_submodule(owner), state.get(f"{name}_scale")
             if isinstance(module, (QuantLinear, QuantExperts)) and scales is not None:
-                rotation = plan.precision.rotation(tensor.shape[-1])
+                rotation = plan.of(name).rotation(tensor.shape[-1])
                 weight = QuantizedTensor(tensor.view(CODE_DTYPES[module.format]), scales, module.format, rotation)
                 if self._is_written_as_values(module):
                     written[name] = requantizable(weight, plan.kept)
                 else:
-                    written |= compressed_tensors.store(name, weight, plan.precision)
+                    written |= compressed_tensors.store(name, weight, plan.of(name))
             elif not isinstance(module, (QuantLinear, QuantExperts)) or not name.endswith("_scale"):
                 written[name] = tensor.to(plan.kept) if tensor.is_floating_point() else tensor
         return written, {}
 
     def is_serializable(self) -> bool:
         """Whether ``save_pretrained`` works: there is a layout that can say the precision."""
-        name = self.plan.precision.name
-        if name not in compressed_tensors.WRITES:
+        if not self.plan.is_writable:
             warnings.warn(
-                f"{name} has no layout that it could be saved in; load the original, and save that, or load it in one "
-                f"of {', '.join(compressed_tensors.WRITES)}",
+                f"{self.plan.precision.name} has no layout that it could be saved in; load the original, and save "
+                f"that, or load it in one of {', '.join(compressed_tensors.WRITES)}",
                 stacklevel=3,
             )
-        return name in compressed_tensors.WRITES
+        return self.plan.is_writable
 
     def _is_written_as_values(self, module: nn.Module) -> bool:
         """Whether a layer is a head, in int8 as always, of a model whose other layers are not."""
-        return isinstance(module, QuantHead) and self.plan.precision.name != "int8"
+        return isinstance(module, QuantHead) and (self.plan.precision.name != "int8" or bool(self.plan.mixed))
 
     @property
     def is_compileable(self) -> bool:

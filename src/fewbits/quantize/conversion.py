@@ -42,7 +42,7 @@ def told_rounding(source: Source, to: str, *, taken_over: bool) -> str | None:
     """
     if not isinstance(source, QuantizedSource):
         return None
-    stored = source.precision.name
+    stored = source.precision_name
     if taken_over:
         return f"codes and scales of {stored} are taken over as they are"
     return f"weights were rounded to {stored} before and are rounded again, to {to}"

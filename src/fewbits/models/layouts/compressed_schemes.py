@@ -41,7 +41,7 @@ class Scheme:
         block: Output channels and input features of a block.
         symmetric: Whether there are no zero points.
         activations: The format that activations are quantized to, a scale per token; None: they are not, or otherwise.
-        rotated: Whether the weights are rotated.
+        rotated: Whether the weights are rotated, if they are of a precision that gains by it.
     """
 
     bits: int
@@ -71,7 +71,7 @@ class Scheme:
             known = PRECISIONS["int8"]
         else:
             known = replace(PRECISIONS["int8-weight" if self.bits == 8 else "int4"], group_size=self.group_size)
-        return replace(known, rotated=True) if known and self.rotated else known
+        return replace(known, rotated=True) if known and self.rotated and known.gains_by_rotation else known
 
 
 class Schemes:

@@ -14,6 +14,9 @@ and ``config.json`` says so in ``quantization_config``. Activations are quantize
 them. Biases, norms, embeddings and the layers under ``ignore`` are stored as in any other checkpoint. Stacked experts
 have one more dimension in front and no ``.weight`` in their names; other readers do not know them.
 
+Layers may have several of these precisions (``mixed-precision``): then each group names its layers, and its format,
+without which vLLM would leave activations as they are.
+
 Rotated weights (``kernels.rotation``) are stored alike, under a ``quant_method`` of their own.
 
 Source: the compressed-tensors package, ``compressed_tensors/quantization/`` and ``compressed_tensors/compressors/``.
@@ -21,7 +24,7 @@ Source: the compressed-tensors package, ``compressed_tensors/quantization/`` and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -54,6 +57,7 @@ _FORMATS = {
     "mxfp4": "mxfp4-pack-quantized",
     "fp8": "float-quantized",
 }
+_MIXED = "mixed-precision"
 
 
 def quantization_config(precision: Precision, ignore: Sequence[str]) -> dict[str, Any]:
@@ -63,6 +67,21 @@ def quantization_config(precision: Precision, ignore: Sequence[str]) -> dict[str
         precision: The precision of the quantized layers.
         ignore: Names of the linear layers that are not quantized.
     """
+    return _config(_FORMATS[precision.name], [_group(precision, ["Linear"])], ignore, rotated=precision.rotated)
+
+
+def mixed_config(layers: Mapping[Precision, Sequence[str]], ignore: Sequence[str]) -> dict[str, Any]:
+    """The same for layers of several precisions; each group has the names of its layers as targets.
+
+    Args:
+        layers: Names of the layers of each precision.
+        ignore: Names of the linear layers that are not quantized.
+    """
+    groups = [_group(precision, names) | {"format": _FORMATS[precision.name]} for precision, names in layers.items()]
+    return _config(_MIXED, groups, ignore, rotated=any(precision.rotated for precision in layers))
+
+
+def _group(precision: Precision, targets: Sequence[str]) -> dict[str, Any]:
     weights = {
         "num_bits": precision.weights.bits,
         "type": "float" if precision.name in ("fp8", "mxfp4") else "int",
@@ -74,23 +93,28 @@ def quantization_config(precision: Precision, ignore: Sequence[str]) -> dict[str
     if precision.name == "mxfp4":
         weights["scale_dtype"] = "torch.uint8"
     tokens = {**weights, "strategy": "token", "dynamic": True}
-    group = {
-        "targets": ["Linear"],
+    return {
+        "targets": list(targets),
         "weights": weights,
         "input_activations": tokens if precision.stored_activations else None,
         "output_activations": None,
     }
+
+
+def _config(
+    format_name: str, groups: Sequence[dict[str, Any]], ignore: Sequence[str], *, rotated: bool
+) -> dict[str, Any]:
     config = {
         "quant_method": NAME,
-        "format": _FORMATS[precision.name],
+        "format": format_name,
         "quantization_status": "compressed",
         "version": _WRITTEN_AS,
-        "config_groups": {"group_0": group},
+        "config_groups": {f"group_{index}": group for index, group in enumerate(groups)},
         "ignore": list(ignore),
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }
-    return config | {"quant_method": ROTATED, "rotation": ROTATION} if precision.rotated else config
+    return config | {"quant_method": ROTATED, "rotation": ROTATION} if rotated else config
 
 
 def entries(
