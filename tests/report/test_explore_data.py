@@ -72,7 +72,7 @@ def test_parameters_follow_from_the_shape() -> None:
     assert [sum(size for _, size in training.parts) for training in TRAININGS[:3]] == [16, 18, 17]
 
 
-@pytest.mark.parametrize("folder", ["page"])
+@pytest.mark.parametrize("folder", ["page", "comparison_page"])
 def test_every_module_is_in_the_page_once(folder: str) -> None:
     script = bundle(folder, "main")
     modules = {f"{path.parent.name}_{path.stem}" for path in (REPORT / folder).glob("*.js")} | {"page_base_dom"}
