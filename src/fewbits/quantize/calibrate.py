@@ -13,7 +13,6 @@ Letters: W windows, T tokens in each, H hidden features, K input features of a l
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -28,9 +27,10 @@ from torch import Tensor, nn
 from fewbits.errors import FewbitsError
 from fewbits.models.naming import Place
 from fewbits.models.precision import Precision
-from fewbits.models.quantizable import Weight, output_head
+from fewbits.models.quantizable import Weight
 from fewbits.models.source import Source
 from fewbits.models.text import built_in_text, read_text
+from fewbits.quantize.blocks import Blocks
 from fewbits.quantize.gptq import gptq
 from fewbits.tensors.quantized import QuantizedTensor
 
@@ -93,16 +93,10 @@ class Calibration:
         Raises:
             FewbitsError: If the model is not one stack of blocks, or its checkpoint holds weights in other pieces.
         """
-        self._source, self._precisions, self._scale_dtype = source, precisions, scale_dtype
-        self._windows, self._progress = windows, progress
-        self._model = copy.deepcopy(model).eval().requires_grad_(False)
-        self._stored = {place.parameter: name for name, place in places.items()}
-        self._prefix, self._blocks = _blocks_of(self._model)
-        self._block_of = {
-            name: int(parameter.removeprefix(self._prefix).split(".")[0])
-            for parameter, name in self._stored.items()
-            if parameter.startswith(self._prefix)
-        }
+        self._precisions, self._scale_dtype = precisions, scale_dtype
+        self._progress = progress
+        self._blocks = Blocks(source, model, places, windows)
+        self._block_of = self._blocks.indices()
         self._quantized_here = {weight.parameter: name for name, weight in weights.items()}
         for name, weight in weights.items():
             if places[name].converter is not None or weight.kind != "linear":
@@ -113,8 +107,6 @@ class Calibration:
         self._made: dict[str, QuantizedTensor] = {}
         self._folder: Path | None = None
         self._next = 0
-        self._inputs: list[Tensor] = []
-        self._arguments: dict[str, Any] = {}
 
     def resume(self, folder: Path, done: Callable[[str], bool]) -> None:
         """Keep what the next block is given in a folder, and go on with what an earlier run kept there.
@@ -131,8 +123,8 @@ class Calibration:
                 inputs = load_file(folder / self.kept_for(index))["inputs"]
             except (OSError, SafetensorError):  # then all blocks are calibrated again
                 return
-            self._catch_inputs()  # for the arguments beside the inputs
-            self._next, self._inputs = index, list(inputs.split(1))
+            self._blocks.catch()  # for the arguments beside the inputs
+            self._next, self._blocks.inputs = index, list(inputs.split(1))
             return
 
     def kept_for(self, index: int) -> str:
@@ -151,9 +143,7 @@ class Calibration:
 
     def holds(self, name: str) -> bool:
         """Whether a stored weight lies in a block."""
-        return any(
-            name == stored and parameter.startswith(self._prefix) for parameter, stored in self._quantized_here.items()
-        )
+        return name in self._block_of and name in self._quantized_here.values()
 
     @torch.no_grad()
     def take(self, name: str) -> QuantizedTensor:
@@ -163,22 +153,21 @@ class Calibration:
         return self._made.pop(name)
 
     def _run_block(self) -> None:
-        if not self._inputs:
-            self._catch_inputs()
-        index = self._next
-        path, block = f"{self._prefix}{index}.", copy.deepcopy(self._blocks[index])
-        self._fill(block, path)
+        blocks = self._blocks
+        if not blocks.inputs:
+            blocks.catch()
+        path, block = blocks.path(self._next), blocks.filled(self._next)
         moments = self._moments(block, path)
         for parameter, name in self._quantized_here.items():
             if parameter.startswith(path):
                 layer: Any = block.get_submodule(parameter.removeprefix(path).removesuffix(".weight"))
                 self._made[name] = made = self._quantized(name, layer.weight, moments[parameter])
                 layer.weight = nn.Parameter(made.dequantize(), requires_grad=False)
-        self._inputs = [self._through(block, x) for x in self._inputs]
+        blocks.inputs = [blocks.through(block, x) for x in blocks.inputs]
         self._next += 1
         if self._folder is not None and self._next < len(self._blocks):
             kept = self._folder / self.kept_for(self._next)
-            save_file({"inputs": torch.cat(self._inputs)}, kept)
+            save_file({"inputs": torch.cat(blocks.inputs)}, kept)
             with kept.open("rb") as file:
                 os.fsync(file.fileno())
         if self._progress is not None:
@@ -214,63 +203,9 @@ class Calibration:
             for parameter in self._quantized_here
             if parameter.startswith(path)
         ]
-        for x in self._inputs:
-            self._through(block, x)
+        for x in self._blocks.inputs:
+            self._blocks.through(block, x)
             last.clear()
         for hook in hooks:
             hook.remove()
         return sums
-
-    def _through(self, block: nn.Module, x: Tensor) -> Tensor:
-        out = block(x, **self._arguments)
-        result: Tensor = out[0] if isinstance(out, tuple) else out
-        return result
-
-    def _catch_inputs(self) -> None:
-        """What the first block is given: the model runs as far as that."""
-        head = output_head(self._model)
-        for name, _ in list(self._model.named_parameters()):
-            if not name.startswith(self._prefix) and name != head and name in self._stored:
-                self._put(self._model, name, self._stored[name])
-        first = self._blocks[0]
-        hook = first.register_forward_pre_hook(self._caught, with_kwargs=True)
-        for window in self._windows:
-            try:
-                self._model(input_ids=window[None], use_cache=False)
-            except _Caught:
-                continue
-            raise AssertionError("the first block was not reached")
-        hook.remove()
-
-    def _caught(self, block: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
-        named = dict(named)
-        self._inputs.append(given[0] if given else named.pop("hidden_states"))
-        named.pop("hidden_states", None)
-        self._arguments = {name: value for name, value in named.items() if name != "past_key_values"}
-        raise _Caught
-
-    def _fill(self, block: nn.Module, path: str) -> None:
-        for name, _ in list(block.named_parameters()):
-            self._put(block, name, self._stored[f"{path}{name}"])
-
-    def _put(self, module: nn.Module, name: str, stored: str) -> None:
-        owner, _, leaf = name.rpartition(".")
-        holder = module.get_submodule(owner)
-        setattr(holder, leaf, nn.Parameter(self._source.read(stored).float(), requires_grad=False))
-
-
-class _Caught(Exception):  # noqa: N818  # no error: it ends a forward pass that has gone far enough
-    pass
-
-
-def _blocks_of(model: transformers.PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """The name, with a point behind it, and the modules of the one stack of blocks that a model is."""
-    stacks = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
-    outer = {name: each for name, each in stacks.items() if not any(name.startswith(f"{other}.") for other in stacks)}
-    if len(outer) != 1:
-        raise FewbitsError(
-            f"calibrate: {type(model).__name__} has {len(outer)} stacks of blocks, and only models of one can be "
-            "calibrated; convert without it"
-        )
-    name, blocks = next(iter(outer.items()))
-    return f"{name}.", blocks
