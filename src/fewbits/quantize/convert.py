@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -33,17 +33,20 @@ from fewbits.models.text import read_text
 from fewbits.quantize.calibrate import WINDOW_TOKENS, Calibration, calibration_windows
 from fewbits.quantize.conversion import Conversion, told_rounding
 from fewbits.quantize.folder_job import FolderJob
+from fewbits.quantize.folding import FoldedSource
+from fewbits.quantize.method import Method
+from fewbits.quantize.quarot import quarot
+from fewbits.quantize.recipe import Recipe
 from fewbits.quantize.to_gguf import convert_to_gguf
 from fewbits.tensors.cast_report import CastReport
 
 GGUF = "gguf"
-METHODS = ("absmax", "mse", "gptq")
 
 
 def convert(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str],
-    to: str = "int8",
+    to: str | Mapping[str, str] | Recipe = "int8",
     *,
     layout: str = "compressed-tensors",
     keep: Sequence[str] = (),
@@ -65,13 +68,15 @@ def convert(
         source: Hub id, folder or ``.gguf`` file.
         out: The folder to write (of GGUF, the file); it appears when it is complete.
         to: ``int8`` (8-bit weights and activations), ``int8-weight``, ``int4``, ``fp8``, or a cast: ``bf16``, ``fp16``,
-            ``fp32``. In GGUF, int8 is Q8_0 and int4 Q4_0; its own types can be named too.
+            ``fp32``. In GGUF, int8 is Q8_0 and int4 Q4_0; its own types can be named too. Or a recipe: precisions by
+            patterns of module names, ``{"*.mlp.*": "int4", "*": "int8"}``, of which the first that matches counts.
         layout: How it is written: ``compressed-tensors`` (transformers and vLLM read it), ``bitsandbytes``, ``gguf``.
         keep: Patterns of module names that are not quantized (``*`` matches anything).
         rotate: Rotate weights before they are quantized, which makes int8 and int4 several times as accurate; only
             fewbits reads such a folder. Without it, fewbits rotates the weights of int8 when it loads them.
         method: How codes and scales are found: ``absmax``, the usual one: nothing is clipped; ``mse``: scales with the
-            least squared error; ``gptq``: what layers give on some text is kept, rather than their weights.
+            least squared error; ``gptq``: what layers give on some text is kept, rather than their weights. Joined to
+            it by ``+``, what is folded into neighbouring weights before: ``quarot`` rotates them, for all readers.
         calibrate: A UTF-8 file with that text, which makes the method gptq; None: a built-in one.
         overflow: What a cast does with values beyond the new format: ``saturate`` writes its largest number, ``ieee``
             Inf; None: Inf where the format has it, else its largest number. Such tensors are warned of by name.
@@ -91,17 +96,27 @@ def convert(
     """
     out = Path(out)
     if layout == GGUF:
+        if not isinstance(to, str):
+            raise FewbitsError("to: a GGUF file has one type of matrices; give its name instead of a recipe")
         _refuse_for_gguf(to, keep, rotate, method or calibrate, overflow)
         opened = as_weights(open_source(source, revision=revision, trust_remote_code=trust_remote_code))
         return convert_to_gguf(opened, out, to, overwrite=overwrite, on_manifest=on_manifest, progress=progress)
-    precision = replace(precision_named(to), rotated=rotate)
+    recipe = None if isinstance(to, str) else Recipe.of(to)
+    name = str(to if recipe is None else recipe)
+    precisions = (
+        {name: replace(precision_named(name), rotated=rotate)} if recipe is None else recipe.precisions(rotated=rotate)
+    )
+    precision = next(iter(precisions.values()))
     if layout not in FOLDER_LAYOUTS:
         raise FewbitsError(f"layout {layout!r} is unknown; known: {', '.join([*FOLDER_LAYOUTS, GGUF])}")
-    method = method or ("absmax" if calibrate is None else "gptq")
-    _check_method(precision, method, calibrate)
-    _check_options(precision, layout, keep, overflow)
-    _check_rotation(precision, layout)
+    how = Method.named(method or ("absmax" if calibrate is None else "gptq"))
+    _check_method(precision, how, calibrate)
+    for each in precisions.values():
+        _check_options(each, layout, keep, overflow)
+    _check_rotation(name, precisions.values(), layout, rotate)
     opened = as_weights(open_source(source, revision=revision, trust_remote_code=trust_remote_code))
+    if "quarot" in how.folds:
+        opened = quarot(opened)
     dtype = TORCH_DTYPES[precision.name] if precision.cast else nominal_dtype(opened)
     model = empty_model(opened.config, dtype, auto_class_of(opened.config))
     shapes = {name: tensor.shape for name, tensor in opened.tensors.items()}
@@ -110,28 +125,33 @@ def convert(
     known = quantizable_weights(model)
     weights = {name: known[place.parameter] for name, place in places.items() if place.parameter in known}
     shapes |= {name: weights[name].rows(shape) for name, shape in as_rows.items() if name in weights}
-    precision = fitted(model, precision)
-    rounding = _rounding(opened, precision, layout)
-    manifest = make_manifest(model, shapes, places, precision, dtype=dtype, keep=keep)
+    precisions = {key: fitted(model, each) for key, each in precisions.items()}
+    precision = next(iter(precisions.values()))
+    mixed = recipe.resolved([weight.module for weight in weights.values()], precisions) if recipe else None
+    rounding = _rounding(opened, name, precisions.values(), layout)
+    manifest = make_manifest(model, shapes, places, precision, dtype=dtype, keep=keep, mixed=mixed)
+    if isinstance(opened, FoldedSource):
+        manifest = [_told(row, opened.folds.reasons) for row in manifest]
     tokenizer = opened.tokenizer() if _has_tokenizer(opened) else None
     nbytes = sum(row.nbytes for row in manifest)
     layout_module = FOLDER_LAYOUTS[layout]
     calibration = None
-    if method == "gptq":
+    if how.codes == "gptq":
         if tokenizer is None:
             raise FewbitsError(f"method='gptq': {opened.path} has no tokenizer to read text with; use 'mse'")
         manifest.sort(key=lambda row: dot_natural_key(row.tensor))  # block after block
         quantized = {row.tensor: weights[row.tensor] for row in manifest if row.reason is None}
+        become = {key: (mixed or {}).get(weight.module, precision) for key, weight in quantized.items()}
         windows = calibration_windows(tokenizer, None if calibrate is None else Path(calibrate), _context(opened))
         calibration = Calibration(
-            opened, model, places, quantized, precision, layout_module.SCALES or dtype, windows, on_block
+            opened, model, places, quantized, become, layout_module.SCALES or dtype, windows, on_block
         )
     job = FolderJob(
-        opened, layout_module, precision, dtype, manifest, places, weights, overflow, allow_nonfinite, method,
-        calibration,
+        opened, layout_module, precision, dtype, manifest, places, weights, overflow, allow_nonfinite, how.codes,
+        calibration, mixed,
     )  # fmt: skip
     work = fingerprint(
-        opened, to=to, layout=layout, keep=[*keep], rotate=rotate, method=method,
+        opened, to=recipe or to, layout=layout, keep=[*keep], rotate=rotate, method=how.name,
         calibrate=None if calibrate is None else read_text(Path(calibrate)),
         overflow=overflow, nonfinite=allow_nonfinite,
     )  # fmt: skip
@@ -142,11 +162,13 @@ def convert(
         casts = job.write_tensors(folder / "model.safetensors", progress)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        mark = {"fewbits": version("fewbits"), "source": opened.path.name, "to": to, "layout": layout}
+        asked = to if recipe is None else dict(recipe.rules)
+        mark = {"fewbits": version("fewbits"), "source": opened.path.name, "to": asked, "layout": layout}
+        mark |= {"method": how.name} if not precision.cast else {}
         lists = {"manifest": [asdict(row) for row in manifest], "casts": [asdict(cast) for cast in casts]}
         (folder / MARK).write_text(json.dumps({**mark, "nbytes": nbytes, **lists}, indent=1) + "\n")
     _warn_of_overflow(casts, precision, overflow)
-    return Conversion(out, to, nbytes, tuple(manifest), tuple(casts), rounding)
+    return Conversion(out, name, nbytes, tuple(manifest), tuple(casts), rounding)
 
 
 def _refuse_for_gguf(to: str, keep: Sequence[str], rotate: bool, method: object, overflow: str | None) -> None:
@@ -174,13 +196,15 @@ def _check_options(precision: Precision, layout: str, keep: Sequence[str], overf
     precision.weights.overflow_rule(overflow)
 
 
-def _check_method(precision: Precision, method: str, calibrate: object) -> None:
-    if method not in METHODS:
-        raise FewbitsError(f"method {method!r} is unknown; known: {', '.join(METHODS)}")
-    if precision.cast and method != "absmax":
-        raise FewbitsError(f"method={method!r}: a cast to {precision.name} has no scales to find; leave it out")
-    if calibrate is not None and method != "gptq":
-        raise FewbitsError(f"calibrate: {method} reads no text, gptq does; leave --calibrate or --method out")
+def _check_method(precision: Precision, method: Method, calibrate: object) -> None:
+    if precision.cast and method != Method():
+        raise FewbitsError(f"method={method.name!r}: a cast to {precision.name} has no scales to find; leave it out")
+    if calibrate is not None and not method.reads_text:
+        raise FewbitsError(f"calibrate: {method.name} reads no text, gptq does; leave --calibrate or --method out")
+
+
+def _told(row: ManifestRow, reasons: Mapping[str, str]) -> ManifestRow:
+    return replace(row, reason="; ".join(filter(None, (row.reason, reasons.get(row.tensor)))) or None)
 
 
 def _context(source: Source) -> int:
@@ -188,24 +212,25 @@ def _context(source: Source) -> int:
     return int(getattr(source.config, "max_position_embeddings", None) or WINDOW_TOKENS)
 
 
-def _check_rotation(precision: Precision, layout: str) -> None:
-    if not precision.rotated:
+def _check_rotation(name: str, precisions: Iterable[Precision], layout: str, rotate: bool) -> None:
+    if not rotate:
         return
     if layout != compressed_tensors.NAME:
         raise FewbitsError(f"rotate: the layout {layout} cannot say it; leave --rotate or --layout out")
-    if not precision.gains_by_rotation:
+    if not any(precision.gains_by_rotation for precision in precisions):
         raise FewbitsError(
-            f"rotate: {precision.name} gains nothing by it, only what has 8-bit integer activations does; leave it out"
+            f"rotate: {name} gains nothing by it, only what has 8-bit integer activations does; leave it out"
         )
 
 
-def _rounding(source: Source, precision: Precision, layout: str) -> str | None:
+def _rounding(source: Source, name: str, precisions: Collection[Precision], layout: str) -> str | None:
     if not isinstance(source, QuantizedSource):
         return None
-    stored = source.precision
-    if source.layout == layout and stored.name == precision.name:
-        raise FewbitsError(f"{source.path} is {stored.name} already; convert the model that it was made from")
-    return told_rounding(source, precision.name, taken_over=stored.stores_as(precision))
+    stored = {*source.precisions.values()}
+    if source.layout == layout and {each.name for each in stored} == {each.name for each in precisions}:
+        raise FewbitsError(f"{source.path} is {source.precision_name} already; convert the model that it was made from")
+    taken_over = all(mine.stores_as(other) for mine in stored for other in precisions)
+    return told_rounding(source, name, taken_over=taken_over)
 
 
 def _has_tokenizer(source: Source) -> bool:
