@@ -36,11 +36,18 @@ export function fixed(value, decimals) {
  */
 export function withError(value, error, decimals) {
   if (value === null) return NONE;
+  if (value === 0 && !error) return "0";
   if (!error || error < 1e-9) return fixed(value, decimals);
   const power = Math.floor(Math.log10(error));
   const leading = error / 10 ** power;
   const places = Math.min(Math.max((leading < 2 ? 1 : 0) - power, 0), 9);
   return `${fixed(value, places)} ± ${fixed(error, places)}`;
+}
+
+/** With its error, but more decimals than the error leaves: models on the same text differ by less than texts do.
+ * @param {number | null} value @param {number | null} error */
+export function perplexity(value, error) {
+  return value !== null && error ? `${fixed(value, 3)} ± ${significant(error, 2)}` : fixed(value, 3);
 }
 
 /** With a sign always. @param {number | null} value @param {number} decimals */

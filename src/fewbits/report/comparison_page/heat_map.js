@@ -1,4 +1,4 @@
-// Modules as a map: layers from left to right, what is in a layer from top to bottom.
+// Modules as a map: layers from left to right, what is in a layer from top to bottom; on a phone the other way round.
 
 import { h } from "../page_base/dom.js";
 import { arrange } from "./modules.js";
@@ -11,9 +11,12 @@ import { arrange } from "./modules.js";
  * @property {string} says
  */
 
-const NAMES = 84; // px for the names of rows
-const NARROWEST = 11;
-const ROOM = 27; // px from which on a cell has text
+/** @typedef {import("./modules.js").Stack} Stack */
+/** Names to the left and on top, and which modules are where. @typedef {{ corner: string, heads: string[], lines: { name: string, places: number[][] }[] }} Sheet */
+
+const NAMES = 84; // px for the names of lines
+const ROOM = 25; // px from which on a cell has text
+const SMALL = 560; // px of width under which layers go from top to bottom
 
 /**
  * A map that is walked with the arrow keys. Of several modules in one place the strongest is shown.
@@ -24,22 +27,10 @@ export function heatMap(cells, width, say) {
   const { stacks, outside } = arrange(cells.map((cell) => cell.module));
   const map = h("div", { class: "heat" });
   for (const stack of stacks) {
-    const size = Math.max(NARROWEST, (width - NAMES) / stack.layers.length - 2);
-    const grid = h("div", {
-      class: "heat-grid",
-      role: "grid",
-      "aria-label": `${stack.name}: layers from left to right`,
-    });
-    grid.style.gridTemplateColumns = `${NAMES - 8}px repeat(${stack.layers.length}, minmax(${NARROWEST}px, 1fr))`;
-    const every = Math.ceil(24 / (size + 2));
-    const heads = stack.layers.map((layer, at) => h("span", { role: "columnheader" }, at % every ? "" : String(layer)));
-    grid.append(h("div", { role: "row", class: "heat-row" }, h("span", { role: "columnheader" }, "layer"), ...heads));
-    for (const kind of stack.kinds) {
-      const row = h("div", { role: "row", class: "heat-row" }, h("span", { role: "rowheader" }, kind.name));
-      for (const layer of stack.layers) row.append(together(cells, kind.cells.get(layer) ?? [], size >= ROOM));
-      grid.append(row);
-    }
-    map.append(stacks.length > 1 ? h("h3", { class: "sub" }, stack.name) : "", grid);
+    if (stacks.length > 1) map.append(h("h3", { class: "sub" }, stack.name));
+    map.append(
+      drawn(cells, width < SMALL && stack.layers.length > 12 ? down(stack) : across(stack), stack.name, width),
+    );
   }
   if (outside.length) {
     const row = h("div", { role: "row", class: "heat-outside" });
@@ -50,6 +41,43 @@ export function heatMap(cells, width, say) {
   }
   walk(map, say);
   return map;
+}
+
+/** Layers from left to right. @param {Stack} stack @returns {Sheet} */
+function across({ layers, kinds }) {
+  const lines = kinds.map(({ name, cells }) => ({ name, places: layers.map((layer) => cells.get(layer) ?? []) }));
+  return { corner: "layer", heads: layers.map(String), lines };
+}
+
+/** Layers from top to bottom, where a page is narrow. @param {Stack} stack @returns {Sheet} */
+function down({ layers, kinds }) {
+  const lines = layers.map((layer) => ({
+    name: String(layer),
+    places: kinds.map(({ cells }) => cells.get(layer) ?? []),
+  }));
+  return { corner: "layer", heads: kinds.map(({ name }) => name), lines };
+}
+
+/** @param {readonly Cell[]} cells @param {Sheet} sheet @param {string} name @param {number} width */
+function drawn(cells, { corner, heads, lines }, name, width) {
+  const upright = heads.some((head) => head.length > 3); // names of kinds do not fit above a column otherwise
+  const names = upright ? NAMES / 2 : NAMES;
+  const size = (width - names - 36) / heads.length - 2;
+  const every = upright ? 1 : Math.ceil(24 / Math.max(size + 2, 1));
+  const grid = h("div", {
+    class: upright ? "heat-grid down" : "heat-grid",
+    role: "grid",
+    "aria-label": `${name}, by layer`,
+  });
+  grid.style.gridTemplateColumns = `${names - 8}px repeat(${heads.length}, minmax(7px, 1fr))`;
+  const texts = heads.map((head, at) => h("span", { role: "columnheader" }, at % every ? "" : head));
+  grid.append(h("div", { role: "row", class: "heat-row" }, h("span", { role: "columnheader" }, corner), ...texts));
+  for (const line of lines) {
+    const row = h("div", { role: "row", class: "heat-row" }, h("span", { role: "rowheader" }, line.name));
+    for (const place of line.places) row.append(together(cells, place, size >= ROOM));
+    grid.append(row);
+  }
+  return grid;
 }
 
 /** @param {readonly Cell[]} cells @param {readonly number[]} indices @param {boolean} room */

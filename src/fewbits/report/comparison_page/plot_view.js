@@ -4,7 +4,7 @@ import { byId, h, onWidth, s, select } from "../page_base/dom.js";
 import { decades, doublings, powerOfTen } from "./axis.js";
 import { choose, chosenIndex, onChoice } from "./choice.js";
 import { data } from "./data.js";
-import { bytes, fixed, significant, withError } from "./figures.js";
+import { bytes, fixed, perplexity, significant, withError } from "./figures.js";
 import { front, placeLabel } from "./front.js";
 
 /** @typedef {import("./data.js").Row} Row */
@@ -152,6 +152,8 @@ function steps(points, frame) {
 function named(points, frame, y) {
   const inside = { left: frame.left, right: state.width - 4, top: 2, bottom: (frame.zero ?? frame.bottom) + 18 };
   const taken = points.map(({ x, y: at }) => ({ left: x - 8, right: x + 8, top: at - 8, bottom: at + 8 }));
+  const most = data.search?.max_kl;
+  if (most) taken.push({ left: frame.right - 170, right: frame.right, top: y(most) - 18, bottom: y(most) });
   return points.map((point) => {
     const { row, index } = point;
     const name = row.label.length > LONGEST ? `${row.label.slice(0, 14)}…${row.label.slice(-11)}` : row.label;
@@ -202,6 +204,6 @@ function figures(row) {
   if (row.bits_per_weight !== null) parts.push(`${fixed(row.bits_per_weight, 2)} bits per weight`);
   if (row.disk_bytes !== null) parts.push(`${bytes(row.disk_bytes)} on disk`);
   if (row.memory_bytes !== null) parts.push(`${bytes(row.memory_bytes)} in memory`);
-  if (row.perplexity !== null) parts.push(`perplexity ${withError(row.perplexity, row.perplexity_stderr, 3)}`);
+  if (row.perplexity !== null) parts.push(`perplexity ${perplexity(row.perplexity, row.perplexity_stderr)}`);
   return parts.join(", ");
 }

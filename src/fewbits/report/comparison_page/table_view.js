@@ -3,7 +3,7 @@
 import { byId, h } from "../page_base/dom.js";
 import { choose, chosenIndex, onChoice } from "./choice.js";
 import { data } from "./data.js";
-import { bytes, fixed, significant, withError } from "./figures.js";
+import { bytes, fixed, perplexity, significant, withError } from "./figures.js";
 
 /** @typedef {import("./data.js").Row} Row */
 /** @typedef {{ name: string, unit: string, key: (row: Row) => number | string | null, text: (row: Row) => string }} Column */
@@ -21,7 +21,7 @@ const COLUMNS = [
     name: "Perplexity",
     unit: "",
     key: (row) => row.perplexity,
-    text: (row) => withError(row.perplexity, row.perplexity_stderr, 3),
+    text: (row) => perplexity(row.perplexity, row.perplexity_stderr),
   },
   { name: "Prefill", unit: "tokens/s", key: (row) => row.prefill_tps, text: (row) => significant(row.prefill_tps) },
   { name: "Decode", unit: "tokens/s", key: (row) => row.decode_tps, text: (row) => significant(row.decode_tps) },

@@ -155,22 +155,37 @@ function told() {
 
 /** @param {KeyboardEvent} event */
 function keys(event) {
-  const at = Number(/** @type {Element} */ (event.target).getAttribute("data-token"));
+  const span = /** @type {HTMLElement} */ (event.target);
+  const at = Number(span.dataset.token);
   const last = data.tokens[state.window].length - 1;
-  /** @type {Record<string, number>} */
+  /** @type {Record<string, () => number>} */
   const next = {
-    ArrowLeft: at - 1,
-    ArrowRight: at + 1,
-    ArrowUp: at - 12,
-    ArrowDown: at + 12,
-    Home: 0,
-    End: last,
-    Enter: at,
-    " ": at,
+    ArrowLeft: () => at - 1,
+    ArrowRight: () => at + 1,
+    ArrowUp: () => inLine(span, -1),
+    ArrowDown: () => inLine(span, 1),
+    Home: () => 0,
+    End: () => last,
+    Enter: () => at,
+    " ": () => at,
   };
   if (!(event.key in next)) return;
   event.preventDefault();
-  go(Math.min(Math.max(next[event.key], 0), last));
+  go(Math.min(Math.max(next[event.key](), 0), last));
+}
+
+/** The token above or below, nearest to the column of this one. @param {HTMLElement} from @param {1 | -1} way */
+function inLine(from, way) {
+  const spans = /** @type {HTMLElement[]} */ ([...byId("tokens").children]);
+  let at = spans.indexOf(from);
+  while (spans[at] && spans[at].offsetTop === from.offsetTop) at += way;
+  const top = spans[at]?.offsetTop;
+  let best = at;
+  for (; spans[at]?.offsetTop === top && spans[at]; at += way) {
+    const apart = (/** @type {number} */ index) => Math.abs(spans[index].offsetLeft - from.offsetLeft);
+    if (apart(at) < apart(best)) best = at;
+  }
+  return best;
 }
 
 /** Go to the token of the window with the highest value. */
