@@ -10,8 +10,9 @@ from rich.console import Console, RenderableType
 
 from fewbits.measure.comparison import Comparison, Row
 from fewbits.measure.machine import Gpu, Machine
+from fewbits.report.comparison_tables import comparison_table
 from fewbits.report.grouping import group_rows, number_set
-from fewbits.report.terminal import comparison_table, human_bytes, machine_table, manifest_table
+from fewbits.report.terminal import human_bytes, machine_table, manifest_table
 
 MACHINE = Machine(
     versions={"python": "3.12.1", "fewbits": "0.1.0", "torch": "2.13.0"},

@@ -1,4 +1,4 @@
-"""`fewbits convert` and `fewbits compare`."""
+"""`fewbits convert`."""
 
 from __future__ import annotations
 
@@ -78,22 +78,3 @@ def convert(
     if done.rounding is not None:
         typer.echo(f"note: {done.rounding}")
     typer.echo(f"wrote {done.path}: {to}, {human_bytes(done.nbytes)} of weights")
-
-
-@app.command()
-def compare(
-    reference: Annotated[str, typer.Argument(help=f"The original. {MODEL}")],
-    candidates: Annotated[list[str], typer.Argument(help="Converted models.")],
-    text: Annotated[Path | None, typer.Option(help="UTF-8 text to measure on; without it, a built-in one.")] = None,
-    json: Annotated[Path | None, typer.Option(help="Write the figures here.")] = None,
-) -> None:
-    """Show original and converted models side by side: size, KL divergence, perplexity, tokens per second."""
-    from fewbits.measure.compare import compare as run
-    from fewbits.report.terminal import comparison_table
-
-    refuse_unwritable(json)
-    with progress_bar("comparing") as step:
-        result = run(reference, candidates, text, progress=lambda what, done, total: step(done, total, what))
-    if json is not None:
-        write_json(json, result.to_json())
-    Console().print(comparison_table(result))

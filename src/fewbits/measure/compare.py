@@ -7,7 +7,6 @@ in memory at a time; see `quality` for how.
 
 from __future__ import annotations
 
-import gc
 import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
@@ -24,6 +23,7 @@ from fewbits.measure import text as texts
 from fewbits.measure.comparison import Comparison, Layer, Row, Worst
 from fewbits.measure.layers import ReferenceLayers
 from fewbits.measure.machine import this_machine
+from fewbits.measure.peak import PeakMemory
 from fewbits.measure.pieces import next_text, token_texts
 from fewbits.measure.positions import WorstPosition
 from fewbits.measure.quality import Quality, Reference, check_vocabulary
@@ -47,6 +47,7 @@ def compare(
     window_tokens: int = texts.WINDOW_TOKENS,
     new_tokens: int = NEW_TOKENS,
     with_speed: bool = True,
+    device: str = "cpu",
     progress: Progress | None = None,
 ) -> Comparison:
     """Measure a reference in fp32 and bf16, and candidates beside it.
@@ -60,13 +61,15 @@ def compare(
         windows: windows of text at most.
         window_tokens: tokens in a window, and in the prompt that speed is measured with.
         new_tokens: tokens written one at a time for the decode speed.
-        with_speed: whether to time the models.
+        with_speed: whether to time the models, and to look at the memory that they run in.
+        device: where models on disk are loaded: `cpu` or `cuda`; a live model stays where it is.
         progress: called as the work goes on.
 
     Raises:
         FewbitsError: a path is no model, the text is unusable, a candidate's vocabulary is another, a precision is
-            unknown or cannot be had, or a window is longer than a model's context.
+            unknown or cannot be had, a window is longer than a model's context, or the device is none.
     """
+    _check_device(device)
     original = Subject.of(reference)
     # A wrong path or another vocabulary is found before any work.
     others = [original.in_precision(each) for each in precisions] + [Subject.of(each) for each in candidates]
@@ -76,7 +79,7 @@ def compare(
         _check(subject, original, window_tokens)
     ids = texts.token_windows(tokenizer, text, windows, window_tokens)
     prompt = _prompt(ids[0], subjects, new_tokens) if with_speed else None
-    with _Comparing(ids, tokenizer, prompt, new_tokens, progress or _silent) as comparing:
+    with _Comparing(ids, tokenizer, prompt, new_tokens, device, progress or _silent) as comparing:
         rows = tuple(comparing.row(subject) for subject in subjects)
     return Comparison(
         rows=rows,
@@ -99,13 +102,19 @@ class _Comparing(ExitStack):
     """Rows one after the other; the first is the reference of the rest. Closing it gives the temporary file back."""
 
     def __init__(
-        self, windows: torch.Tensor, tokenizer: Any, prompt: torch.Tensor | None, new_tokens: int, progress: Progress
+        self,
+        windows: torch.Tensor,
+        tokenizer: Any,
+        prompt: torch.Tensor | None,
+        new_tokens: int,
+        device: str,
+        progress: Progress,
     ) -> None:
         super().__init__()
         self._windows = windows
         self._tokenizer = tokenizer if hasattr(tokenizer, "decode") else None
         self._prompt, self._new_tokens = prompt, new_tokens
-        self._progress = progress
+        self._device, self._progress = device, progress
         self._reference: Reference | None = None
         self._layers: ReferenceLayers | None = None
         self.notes: list[str] = []
@@ -113,10 +122,11 @@ class _Comparing(ExitStack):
 
     def row(self, subject: Subject) -> Row:
         label = subject.name if subject.precision is None else subject.precision
-        gc.collect()  # the last row's model was a name of this function alone; modules can hold each other in cycles
-        model = subject.load(progress=self._step(f"{label}: loading"))
+        peak = PeakMemory(self._device)  # frees what is left of the last row's model, a name of this function alone
+        model = subject.load(self._device, self._step(f"{label}: loading"))
         quality = self._quality(model, label, self._step(f"{label}: text"))
         layers = self._of_layers(model)
+        seen = peak.restart() and subject.is_loaded_here and self._prompt is not None
         speed = self._speed(model, self._step(f"{label}: speed"))
         return Row(
             name=subject.name,
@@ -132,6 +142,7 @@ class _Comparing(ExitStack):
             decode_tps=speed.decode if speed else None,
             top1_stderr=quality.top1_stderr,
             perplexity_stderr=quality.perplexity_stderr,
+            peak_bytes=peak.grown() if seen else None,
             layers=layers,
             losses=quality.losses,
             kls=quality.kls,
@@ -194,6 +205,13 @@ class _Comparing(ExitStack):
 
     def _step(self, what: str) -> Callable[[int, int], None]:
         return lambda done, total: self._progress(what, done, total)
+
+
+def _check_device(device: str) -> None:
+    if device not in ("cpu", "cuda"):
+        raise FewbitsError(f"device {device!r} is none that models are compared on; give cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise FewbitsError("device cuda: PyTorch finds no CUDA GPU here; see fewbits doctor, or give cpu")
 
 
 def _check(subject: Subject, original: Subject, window_tokens: int) -> None:

@@ -78,7 +78,8 @@ class Row:
     top1_stderr: float = math.nan
     perplexity_stderr: float = math.nan
     peak_bytes: int | None = None
-    """The most memory that the process held while the model ran: see `measure.peak`."""
+    """The most memory that it took while it read a prompt and wrote tokens, measured (`measure.peak`): with its cache
+    and activations, without Python and the libraries. None for a live model, without speed, and where Linux is not."""
     layers: tuple[Layer, ...] = ()
     losses: tuple[tuple[float | None, ...], ...] = ()
     """Negative log-likelihood of token t given those before it, nats [W, T]; None for the first of a window."""

@@ -15,7 +15,6 @@ of each model, and a few numbers for each position.
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -27,8 +26,9 @@ import torch
 from fewbits.errors import FewbitsError
 from fewbits.measure.positions import WorstPosition, WorstPositions, standard_error
 from fewbits.measure.room import check_room, roomy_folder, write
+from fewbits.tensors.divergence import kl_divergence
 
-_CHUNK_BYTES = 32 << 20  # of float32 log-probabilities: beyond the caches anyway, and small beside any model
+_CHUNK_BYTES = 8 << 20  # of float32 log-probabilities; half a dozen such tensors are in memory, small beside any model
 _RECORDED = "the reference's log-probabilities"
 
 Model = Callable[..., Any]
@@ -65,23 +65,6 @@ class Quality:
     """Negative log-likelihood of each token given those before it, nats [W, T]; None for the first of a window."""
     worst: tuple[WorstPosition, ...] = field(default=(), repr=False)
     """The positions of the greatest KL, the worst first."""
-
-
-def kl_divergence(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
-    """KL(p || q) of each row, in nats.
-
-    A token of probability 0 under p adds nothing, whatever q says; one of probability 0 under q alone makes the row
-    infinite. NaN in either gives NaN.
-
-    Args:
-        log_p: natural log-probabilities [R, V].
-        log_q: the same of the other distribution [R, V].
-
-    Returns:
-        float64 [R].
-    """
-    terms = log_p.exp() * (log_p - log_q)
-    return terms.masked_fill(log_p == -math.inf, 0.0).sum(-1, dtype=torch.float64)
 
 
 class Reference:

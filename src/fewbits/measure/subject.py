@@ -111,6 +111,11 @@ class Subject:
 
         return AutoTokenizer.from_pretrained(self.model)
 
+    @property
+    def is_loaded_here(self) -> bool:
+        """Whether `load` brings it into memory; a live model is there already, at least one copy of it."""
+        return not isinstance(self.model, nn.Module)
+
     def load(self, device: str = "cpu", progress: Callable[[int, int], None] | None = None) -> nn.Module:
         """The model in memory. A live one is copied only if it has to be cast, and stays on its device.
 

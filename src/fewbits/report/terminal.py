@@ -15,7 +15,6 @@ from rich.text import Text
 from fewbits.report.grouping import ManifestLike, group_rows
 
 if TYPE_CHECKING:  # these modules import torch, which has no place here at run time
-    from fewbits.measure.comparison import Comparison, Row
     from fewbits.measure.machine import Machine
     from fewbits.tensors.cast_report import CastReport
 
@@ -36,65 +35,10 @@ def human_bytes(count: int | None) -> str:
     return f"{value:.{decimals}f} {_UNITS[power - 1]}"
 
 
-def comparison_table(comparison: Comparison) -> Group:
-    """The models of a comparison, one a row, and under them what they were measured on."""
-    largest = max(max(row.memory_bytes, row.disk_bytes or 0) for row in comparison.rows)
-    unit, divisor = ("GiB", 2**30) if largest >= 10 * 2**30 else ("MiB", 2**20)
-    table = _table()
-    table.add_column("model", overflow="fold")
-    bytes_columns = (f"disk\n{unit}", f"memory\n{unit}", "bits/\nweight")
-    quality_columns = ("KL to fp32\nnats/token", "top-1\n%", "perpl.")
-    for heading in (*bytes_columns, *quality_columns, "prefill\ntok/s", "decode\ntok/s"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for row in comparison.rows:
-        table.add_row(*_comparison_cells(row, comparison.reference, divisor))
-    return Group(table, Text(_comparison_caption(comparison), style="dim"))
-
-
-def _comparison_cells(row: Row, reference: str, divisor: int) -> tuple[str, ...]:
-    divergence = _figure(row.kl, ".4f")
-    if row.kl_stderr:
-        divergence += f" ±{_figure(row.kl_stderr, '.1g')}"
-    return (
-        _row_label(row, reference),
-        _figure(None if row.disk_bytes is None else row.disk_bytes / divisor, ",.1f"),
-        _figure(row.memory_bytes / divisor, ",.1f"),
-        _figure(row.bits_per_weight, ".2f"),
-        divergence,
-        _figure(100 * row.top1, ".1f"),
-        _figure(row.perplexity, ".3f"),
-        _figure(row.prefill_tps, ",.0f"),
-        _figure(row.decode_tps, ",.1f"),
-    )
-
-
-def _row_label(row: Row, reference: str) -> str:
-    if row.name == reference:
-        return row.precision
-    return row.name if row.precision in row.name else f"{row.name} ({row.precision})"
-
-
-def _comparison_caption(comparison: Comparison) -> str:
-    size = "" if comparison.reference_bytes is None else f" ({human_bytes(comparison.reference_bytes)} on disk)"
-    lines = [
-        f"Reference: {comparison.reference}{size}.",
-        f"Text: {comparison.text}, {comparison.windows} × {comparison.window_tokens} tokens.",
-    ]
-    if comparison.prompt_tokens is not None:
-        lines.append(
-            f"Speed: a prompt of {comparison.prompt_tokens} tokens, then {comparison.new_tokens} one at a time; "
-            f"best of {comparison.speed_repeats}."
-        )
-    machine = comparison.machine
-    torch = machine.versions.get("torch", "unknown")
-    lines.append(f"{machine.cpu}, {machine.threads} threads, {machine.isa}; torch {torch}; {comparison.date}.")
-    return "\n".join(lines)
-
-
 def manifest_table(rows: Iterable[ManifestLike]) -> Group:
     """What happens to every tensor of a model; equal layers share a line, as `model.layers.{0..29}.mlp.down_proj`."""
     rows = list(rows)
-    table = _table()
+    table = plain_table()
     table.add_column("module", overflow="fold")
     table.add_column("tensors", justify="right", no_wrap=True)
     table.add_column("shape", justify="right", no_wrap=True)
@@ -141,7 +85,7 @@ def cast_table(casts: Iterable[CastReport]) -> Group:
     Equal layers share a line, which adds their counts and shows their largest errors.
     """
     casts = list(casts)
-    table = _table()
+    table = plain_table()
     table.add_column("module", overflow="fold")
     for heading in ("values", "over-\nflowed", "sub-\nnormal", "to zero", "largest\nerror", "relative"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -191,11 +135,13 @@ def machine_table(machine: Machine) -> Table:
     return table
 
 
-def _table() -> Table:
+def plain_table() -> Table:
+    """A table with a line under its headings and nothing else drawn."""
     return Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 0), header_style="bold")
 
 
-def _figure(value: float | None, form: str) -> str:
+def figure(value: float | None, form: str) -> str:
+    """A number in a format, or `-` for None."""
     if value is None:
         return "-"
     return format(value, form) if math.isfinite(value) else str(value)  # nan and inf are figures too
