@@ -19,6 +19,9 @@ _FIGURES = ("disk_bytes", "memory_bytes", "peak_bytes", "bits_per_weight", "kl",
             "perplexity", "perplexity_stderr", "prefill_tps", "decode_tps")  # fmt: skip
 
 
+_CASTS = ("fp32", "bf16", "fp16")
+
+
 def page_data(data: dict[str, Any]) -> dict[str, Any]:
     """What the page shows of a comparison; see comparison_page/data.js.
 
@@ -29,7 +32,8 @@ def page_data(data: dict[str, Any]) -> dict[str, Any]:
     labels = _labels(rows, data.get("reference"))
     tokens = _first_windows(data.get("tokens") or [], len(rows))
     reference = next((at for at, row in enumerate(rows) if at == 0 and not _number(row.get("kl"))), None)
-    others = [at for at, row in enumerate(rows) if row.get("name") != data.get("reference")]
+    casts = [row.get("name") == data.get("reference") and row.get("precision") in _CASTS for row in rows]
+    others = [at for at, cast in enumerate(casts) if not cast]
     return {
         "about": _about(data, labels),
         "reference": reference,

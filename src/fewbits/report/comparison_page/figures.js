@@ -9,7 +9,7 @@ export function bytes(count) {
   if (count === null) return NONE;
   let power = 0;
   let value = count;
-  while (value >= 999.5 && power < UNITS.length - 1) {
+  while (value >= (power ? 999.5 : 1024) && power < UNITS.length - 1) {
     value /= 1024;
     power += 1;
   }
@@ -58,5 +58,5 @@ export function signed(value, decimals) {
 
 /** @param {string} text */
 function minus(text) {
-  return text.replace("-", "−");
+  return text.replaceAll("-", "−");
 }

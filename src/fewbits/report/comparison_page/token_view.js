@@ -17,7 +17,7 @@ export function tell(place, chosen, window, token) {
     return;
   }
   const rows = data.rows.filter((row) => row.losses[window]?.length || row.kls[window]?.length);
-  const heads = ["", "loss", ...(reference ? ["more"] : []), "KL"].map((name) => h("th", { scope: "col" }, name));
+  const heads = ["", "loss", ...(reference ? ["Δ loss"] : []), "KL"].map((name) => h("th", { scope: "col" }, name));
   const body = rows.map((row) => line(row, row === chosen, window, token));
   const worst = chosen.worst.find((each) => each.window === window && each.token === token);
   place.replaceChildren(
@@ -28,7 +28,7 @@ export function tell(place, chosen, window, token) {
       `Window ${window + 1}, token ${token + 1}${token ? "" : ": the first has nothing to be foreseen from"}`,
     ),
     h("table", {}, h("thead", {}, h("tr", {}, ...heads)), h("tbody", {}, ...body)),
-    h("p", { class: "note" }, "Nats. KL is of the predictions made for this token."),
+    h("p", { class: "note" }, "In nats; Δ is to the reference. KL is of the predictions made for this token."),
     ...(worst ? [guesses(worst, chosen.label)] : []),
   );
 }
