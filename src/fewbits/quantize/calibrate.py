@@ -32,6 +32,7 @@ from fewbits.models.source import Source
 from fewbits.models.text import built_in_text, read_text
 from fewbits.quantize.blocks import Blocks
 from fewbits.quantize.gptq import gptq
+from fewbits.quantize.moments import run_block
 from fewbits.tensors.quantized import QuantizedTensor
 
 WINDOWS, WINDOW_TOKENS = 32, 512
@@ -157,12 +158,16 @@ class Calibration:
         if not blocks.inputs:
             blocks.catch()
         path, block = blocks.path(self._next), blocks.filled(self._next)
-        moments = self._moments(block, path)
-        for parameter, name in self._quantized_here.items():
-            if parameter.startswith(path):
-                layer: Any = block.get_submodule(parameter.removeprefix(path).removesuffix(".weight"))
-                self._made[name] = made = self._quantized(name, layer.weight, moments[parameter])
-                layer.weight = nn.Parameter(made.dequantize(), requires_grad=False)
+        layers = {
+            parameter.removeprefix(path).removesuffix(".weight"): name
+            for parameter, name in self._quantized_here.items()
+            if parameter.startswith(path)
+        }
+        moments, _ = run_block(blocks, block, layers)
+        for each, name in layers.items():
+            layer: Any = block.get_submodule(each)
+            self._made[name] = made = self._quantized(name, layer.weight, moments[each])
+            layer.weight = nn.Parameter(made.dequantize(), requires_grad=False)
         blocks.inputs = [blocks.through(block, x) for x in blocks.inputs]
         self._next += 1
         if self._folder is not None and self._next < len(self._blocks):
@@ -183,29 +188,3 @@ class Calibration:
             )  # fmt: skip
         except FewbitsError as error:
             raise FewbitsError(f"{name}: {error}") from None
-
-    def _moments(self, block: nn.Module, path: str) -> dict[str, Tensor]:
-        """Σ x xᵀ ``[K, K]`` of every layer that is quantized, by parameter; layers with one input share them."""
-        sums: dict[str, Tensor] = {}
-        last: list[tuple[Tensor, Tensor]] = []
-
-        def add(parameter: str, x: Tensor) -> None:
-            if not last or last[0][0] is not x:
-                rows = x.reshape(-1, x.shape[-1]).float()
-                last[:] = [(x, rows.T @ rows)]
-            product = last[0][1]
-            sums[parameter] = sums[parameter] + product if parameter in sums else product
-
-        hooks = [
-            block.get_submodule(parameter.removeprefix(path).removesuffix(".weight")).register_forward_pre_hook(
-                lambda _, given, parameter=parameter: add(parameter, given[0])
-            )
-            for parameter in self._quantized_here
-            if parameter.startswith(path)
-        ]
-        for x in self._blocks.inputs:
-            self._blocks.through(block, x)
-            last.clear()
-        for hook in hooks:
-            hook.remove()
-        return sums
