@@ -145,6 +145,73 @@ def test_state_dicts_of_others() -> None:
         mp.load_state_dict(mp.model.state_dict())
 
 
+def test_a_state_dict_of_another_model_or_optimizer_changes_nothing() -> None:
+    mp, model = prepared(), nn.Linear(8, 8)
+    other = MixedPrecision(model, torch.optim.AdamW(model.parameters()), "fp16")
+    before = {name: value.clone() for name, value in mp.model.state_dict().items()}
+    with refused("state dict: tokens.weight has shape none there and [67, 64] in this model; load it into a model of"):
+        mp.load_state_dict(other.state_dict())
+    with refused("state dict: weight has shape none there and [8, 8] in this model"):
+        other.load_state_dict(mp.state_dict())
+    model = tiny_gpt()
+    some = MixedPrecision(model, torch.optim.AdamW([model.head.weight]), "fp16")
+    with refused("state dict: its optimizer has groups of [1] parameters, and this one of ["):
+        mp.load_state_dict(some.state_dict())
+    state = mp.state_dict()
+    del state["masters"]
+    with refused("state dict: not one that MixedPrecision.state_dict()"):
+        mp.load_state_dict(state)
+    assert all(torch.equal(value, before[name]) for name, value in mp.model.state_dict().items())
+
+
+def backward(mp: MixedPrecision) -> None:
+    with mp.forward():
+        loss = mp.model(batch(0)).float().mean()
+    mp.backward(loss)
+
+
+@pytest.mark.parametrize("recipe", ["fp32", "fp16", "bf16", "fp8"])
+def test_parameters_converted_afterwards(recipe: str) -> None:
+    mp = prepared(recipe)
+    mp.model.half()
+    backward(mp)
+    with refused("tokens.weight is torch.float16 now, but was torch.float32 when MixedPrecision was made: masters are"):
+        mp.step()
+
+
+def test_groups_added_afterwards() -> None:
+    model = tiny_gpt()
+    mp = MixedPrecision(model, torch.optim.AdamW([model.head.weight]), "fp16")
+    mp.optimizer.add_param_group({"params": [model.places.weight]})
+    backward(mp)
+    with refused("optimizer: it has 2 parameter groups, but had 1 when MixedPrecision was made; add groups before"):
+        mp.step()
+
+
+def test_parameters_unfrozen_afterwards() -> None:
+    model = tiny_gpt()
+    model.places.weight.requires_grad_(False)
+    mp = MixedPrecision(model, torch.optim.AdamW(model.parameters()), "fp16")
+    model.places.weight.requires_grad_(True)
+    backward(mp)
+    with refused(
+        "places.weight was frozen when MixedPrecision was made and is not now; make a new one after unfreezing"
+    ):
+        mp.step()
+
+
+@pytest.mark.parametrize("lr", [float("nan"), float("inf")])
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
+def test_a_learning_rate_that_is_not_finite(lr: float, kind: Any) -> None:
+    model = tiny_gpt()
+    mp = MixedPrecision(model, kind(model.parameters(), lr=1e-3), "fp16")
+    mp.optimizer.param_groups[0]["lr"] = lr
+    backward(mp)
+    with refused(f"optimizer: lr={lr} would make every weight not finite; look at the schedule"):
+        mp.step()
+    assert all(bool(param.isfinite().all()) for param in model.parameters())
+
+
 def test_a_state_dict_between_backward_and_step() -> None:
     mp = prepared()
     with mp.forward():

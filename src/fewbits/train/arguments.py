@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import math
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -121,6 +123,57 @@ def check_loss(loss: Tensor) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Known:
+    """What training was set up with.
+
+    Attributes:
+        groups: How many parameter groups the optimizer had.
+        dtypes: Of the parameters, by name, as they are kept.
+        frozen: The names of those without gradient.
+    """
+
+    groups: int
+    dtypes: dict[str, torch.dtype]
+    frozen: frozenset[str]
+
+    @classmethod
+    def of(cls, optimizer: Optimizer, parameters: dict[str, nn.Parameter]) -> Known:
+        """Note it, when masters are what they will be."""
+        frozen = frozenset(name for name, param in parameters.items() if not param.requires_grad)
+        return cls(len(optimizer.param_groups), {name: param.dtype for name, param in parameters.items()}, frozen)
+
+
+def check_unchanged(optimizer: Optimizer, parameters: dict[str, nn.Parameter], known: Known) -> None:
+    """See that parameters and groups are those that training was set up with, and that rates are finite.
+
+    Raises:
+        FewbitsError: If not.
+    """
+    groups = len(optimizer.param_groups)
+    if groups != known.groups:
+        raise FewbitsError(
+            f"optimizer: it has {groups} parameter groups, but had {known.groups} when MixedPrecision was made; add "
+            "groups before that, or make a new one"
+        )
+    for name, param in parameters.items():
+        if param.dtype != known.dtypes[name]:
+            raise FewbitsError(
+                f"{name} is {param.dtype} now, but was {known.dtypes[name]} when MixedPrecision was made: masters are "
+                "not converted in between; leave out model.half(), model.bfloat16() and model.to(dtype)"
+            )
+        if param.requires_grad and name in known.frozen:
+            raise FewbitsError(
+                f"{name} was frozen when MixedPrecision was made and is not now; make a new one after unfreezing, or "
+                "begin with it unfrozen and lr=0"
+            )
+    for group in optimizer.param_groups:
+        if not math.isfinite(float(group.get("lr", 0.0))):
+            raise FewbitsError(
+                f"optimizer: lr={float(group['lr'])} would make every weight not finite; look at the schedule"
+            )
+
+
 def check_gradients(gradients: dict[str, Tensor]) -> None:
     """See that there are gradients, and dense ones.
 
@@ -137,13 +190,16 @@ def check_gradients(gradients: dict[str, Tensor]) -> None:
             raise FewbitsError(f"{name}: its gradient is sparse; make the embedding with sparse=False")
 
 
-def check_state(state: Any, recipe: Recipe) -> None:
-    """See that a state dict is one of MixedPrecision, of the same recipe.
+_PARTS = {"version", "recipe", "model", "optimizer", "masters", "loss_scale", "history"}
+
+
+def check_state(state: Any, recipe: Recipe, model: nn.Module, optimizer: Optimizer) -> None:
+    """See that a state dict is one of MixedPrecision, of the same recipe, model and parameter groups.
 
     Raises:
         FewbitsError: If not.
     """
-    if not isinstance(state, dict) or state.get("version") != 1 or "recipe" not in state:
+    if not isinstance(state, dict) or state.get("version") != 1 or _PARTS - set(state):
         raise FewbitsError("state dict: not one that MixedPrecision.state_dict() of this version of fewbits has made")
     saved, ours = state["recipe"], recipe.to_json()
     differing = [name for name in ours if saved.get(name) != ours[name]]
@@ -152,4 +208,21 @@ def check_state(state: Any, recipe: Recipe) -> None:
         raise FewbitsError(
             f"state dict: made with {name}={saved.get(name)!r}, but this recipe has {name}={ours[name]!r}; resume with "
             "the same recipe"
+        )
+    shapes = {name: list(value.shape) for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    theirs = {name: list(value.shape) for name, value in state["model"].items() if isinstance(value, Tensor)}
+    for name in [*shapes, *theirs]:
+        if shapes.get(name) != theirs.get(name):
+            raise FewbitsError(
+                f"state dict: {name} has shape {theirs.get(name, 'none')} there and {shapes.get(name, 'none')} in this "
+                "model; load it into a model of the same kind"
+            )
+    sizes, others = (
+        [len(group["params"]) for group in groups]
+        for groups in (optimizer.param_groups, state["optimizer"]["param_groups"])
+    )
+    if sizes != others:
+        raise FewbitsError(
+            f"state dict: its optimizer has groups of {others} parameters, and this one of {sizes}; make the optimizer "
+            "in the same way"
         )

@@ -27,12 +27,14 @@ from torch.optim import Optimizer
 
 from fewbits.errors import FewbitsError
 from fewbits.train.arguments import (
+    Known,
     can_sweep,
     check_gradients,
     check_loss,
     check_model,
     check_optimizer,
     check_state,
+    check_unchanged,
     kept_names,
 )
 from fewbits.train.gradients import Culprit, Reading, added_up, gradient_stats, reading_of
@@ -104,6 +106,7 @@ class MixedPrecision:
             if sweeps
             else TorchStep(optimizer, parameters, self.policy)
         )
+        self._known = Known.of(optimizer, self._parameters)
         self._let_gradients_be_narrow()
         self._scale = LossScale(self.recipe.loss_scaling, float(self.recipe.results.max))
         self._forwards = self._backwards = 0
@@ -175,12 +178,14 @@ class MixedPrecision:
             max_grad_norm: The gradients are scaled down to this norm if theirs is larger; None: as they are.
 
         Raises:
-            FewbitsError: Without a backward pass, without any gradient, with sparse ones, a norm that is not positive.
+            FewbitsError: Without a backward pass, without any gradient, with sparse ones, a norm that is not positive,
+                a learning rate that is not finite, parameters converted or unfrozen or grouped otherwise since.
         """
         if not self._backwards:
             raise FewbitsError("step() before backward(): there is nothing to apply; call mp.backward(loss) first")
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise FewbitsError(f"max_grad_norm={max_grad_norm!r}: a positive number is needed, or None")
+        check_unchanged(self.optimizer, self._parameters, self._known)
         gradients = {name: param.grad for name, param in self._parameters.items() if param.grad is not None}
         check_gradients(gradients)
         reading, bad_losses = self._read(gradients)
@@ -232,9 +237,9 @@ class MixedPrecision:
         """Take up where ``state_dict`` was made: same model, same optimizer, same recipe.
 
         Raises:
-            FewbitsError: Another recipe, or not such a state dict.
+            FewbitsError: Another recipe, model or optimizer, or not such a state dict; nothing is loaded.
         """
-        check_state(state, self.recipe)
+        check_state(state, self.recipe, self._bare, self.optimizer)
         self._bare.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self._updater.load_state_dict(state["masters"])
