@@ -14,6 +14,8 @@ from fewbits.measure.memory import (
     resident_bytes,
     weight_bytes,
 )
+from fewbits.models.linear import QuantHead
+from fewbits.tensors.quantized import quantize_per_channel
 
 
 class Packed(nn.Module):
@@ -87,6 +89,11 @@ def test_bits_of_quantized_layers_are_weighted_by_their_size() -> None:
 
 def test_layers_kept_in_float_beside_quantized_ones_are_left_out() -> None:
     assert bits_per_weight(nn.Sequential(Packed(bits=800, weights=100), nn.Linear(10, 10))) == 8.0
+
+
+def test_the_output_head_is_left_out() -> None:
+    head = QuantHead(quantize_per_channel(torch.randn(10, 32)))
+    assert bits_per_weight(nn.Sequential(Packed(bits=400, weights=100), head)) == 4.0
 
 
 @pytest.mark.parametrize(("dtype", "bits"), [(torch.float32, 32), (torch.bfloat16, 16), (torch.float16, 16)])

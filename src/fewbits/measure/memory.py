@@ -11,6 +11,8 @@ import psutil
 import torch
 from torch import nn
 
+from fewbits.models.linear import QuantHead
+
 
 @runtime_checkable
 class Quantized(Protocol):
@@ -43,10 +45,15 @@ def checkpoint_bytes(model: nn.Module) -> int:
 def bits_per_weight(model: nn.Module) -> float | None:
     """Mean bits per weight of the quantized layers, codes and scales; of the linear layers if none is quantized.
 
-    Embeddings and norms are left out, and so is a linear layer that was kept in float beside quantized ones: the
-    bytes of the whole model stand for those. None if the model has neither kind of layer.
+    Embeddings, norms and the output head (8 bits in memory, 16 on disk, whatever the layers have) are left out, and so
+    is a linear layer that was kept in float beside quantized ones: the bytes of the whole model stand for those. None
+    if the model has neither kind of layer.
     """
-    counts = [module.quantized_bits() for module in model.modules() if is_quantized(module)]
+    counts = [
+        module.quantized_bits()
+        for module in model.modules()
+        if is_quantized(module) and not isinstance(module, QuantHead)
+    ]
     if not counts:
         linears = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
         counts = [(8 * weight.element_size() * weight.numel(), weight.numel()) for weight in linears]
