@@ -86,7 +86,9 @@ def test_every_part_is_there(opening: Any) -> None:
         assert opened.page.locator(f"#{section}").is_visible()
         assert opened.page.locator(f"nav a[href='#{section}']").count() == 1
     assert "makes no sense of this text" in opened.text("#notes")
-    assert opened.text("#about").startswith("5 models held against tiny.gguf (93.5 MiB on disk) on Python 3.11.7 help")
+    assert opened.text("#about").startswith(
+        "bf16, tiny-int8, tiny-fp8 and tiny-int4 held against tiny.gguf (93.5 MiB on disk) in fp32 on Python 3.11.7"
+    )
     assert "AMD EPYC, 2 threads, avx512, 16.0 GiB RAM" in opened.text("#made")
     assert "torch 2.13.0+cpu" in opened.text("#made")
     row = opened.text(".summary tr[data-row='tiny-int8']")

@@ -19,6 +19,7 @@ _FIGURES = ("disk_bytes", "memory_bytes", "peak_bytes", "bits_per_weight", "kl",
             "perplexity", "perplexity_stderr", "prefill_tps", "decode_tps")  # fmt: skip
 
 
+_MOST_NAMES = 5  # in the first sentence
 _CASTS = ("fp32", "bf16", "fp16")
 
 
@@ -139,7 +140,8 @@ def _first_windows(tokens: list[list[str]], rows: int) -> list[list[str]]:
 def _about(data: dict[str, Any], labels: Sequence[str]) -> str:
     size = data.get("reference_bytes")
     reference = f"{data.get('reference') or 'a model'}{f' ({human_bytes(size)} on disk)' if size else ''}"
-    models = f"{len(labels)} model{'' if len(labels) == 1 else 's'} held against {reference}"
+    precision = f" in {labels[0]}" if labels and labels[0] in _CASTS else ""
+    models = f"{_listed(labels[1:])} held against {reference}{precision}"
     text = f" on {data['text']}" if data.get("text") else ""
     windows = f", {data['windows']} × {data['window_tokens']} tokens" if data.get("windows") else ""
     speed = ""
@@ -151,10 +153,16 @@ def _about(data: dict[str, Any], labels: Sequence[str]) -> str:
     return f"{models}{text}{windows}.{speed}"
 
 
+def _listed(labels: Sequence[str]) -> str:
+    if not 1 <= len(labels) <= _MOST_NAMES:
+        return f"{len(labels)} models"
+    return f"{', '.join(labels[:-1])} and {labels[-1]}" if len(labels) > 1 else labels[0]
+
+
 def _made(data: dict[str, Any]) -> list[str]:
     """The machine, its software and the day, a line each."""
     machine = data.get("machine") or {}
-    parts = [machine.get("cpu"), f"{machine['threads']} threads" if machine.get("threads") else None]
+    parts = [machine.get("cpu"), _counted(machine.get("threads"), "thread")]
     parts += [
         machine.get("isa"),
         f"{human_bytes(machine['memory_bytes'])} RAM" if machine.get("memory_bytes") else None,
@@ -164,6 +172,10 @@ def _made(data: dict[str, Any]) -> list[str]:
     lines = [", ".join(part for part in parts if part), machine.get("system"), versions]
     lines += [f"Measured {data['date']}." if data.get("date") else None]
     return [line for line in lines if line]
+
+
+def _counted(count: int | None, what: str) -> str | None:
+    return None if count is None else f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def _numbers(values: Sequence[float | None]) -> list[float | int | None]:

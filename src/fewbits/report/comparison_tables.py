@@ -11,6 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from fewbits.report.comparison_data import row_label
 from fewbits.report.terminal import figure, human_bytes, plain_table
 
 if TYPE_CHECKING:  # these modules import torch, which has no place here at run time
@@ -32,11 +33,8 @@ def comparison_table(comparison: Comparison) -> Group:
     return Group(*parts, Text(_caption(comparison), style="dim"))
 
 
-def row_label(row: Row, reference: str) -> str:
-    """What a row is called: casts of the reference by their precision alone."""
-    if row.name == reference:
-        return row.precision
-    return row.name if row.precision in row.name else f"{row.name} ({row.precision})"
+def _label(row: Row, comparison: Comparison) -> str:
+    return row_label(row.name, row.precision, comparison.reference)
 
 
 def _models(comparison: Comparison) -> Table:
@@ -49,7 +47,7 @@ def _models(comparison: Comparison) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     for row in comparison.rows:
         table.add_row(
-            row_label(row, comparison.reference),
+            _label(row, comparison),
             figure(None if row.disk_bytes is None else row.disk_bytes / divisor, ",.1f"),
             figure(row.memory_bytes / divisor, ",.1f"),
             figure(row.bits_per_weight, ".2f"),
@@ -73,7 +71,7 @@ def _details(comparison: Comparison) -> Table:
     for row in comparison.rows:
         weakest = _weakest(row.layers)
         table.add_row(
-            row_label(row, comparison.reference),
+            _label(row, comparison),
             _with_error(100 * row.top1, 100 * row.top1_stderr, ".1f"),
             _with_error(row.perplexity, row.perplexity_stderr, ".3f"),
             figure(None if row.peak_bytes is None else row.peak_bytes / divisor, ",.1f"),
@@ -90,8 +88,8 @@ def _weakest(layers: Iterable[Layer]) -> Layer | None:
 
 def _worst_line(row: Row, worst: Worst, comparison: Comparison) -> Text:
     context = " ".join(worst.context.split())[-_CONTEXT:]
-    label = row_label(row, comparison.reference)
-    reference = row_label(comparison.rows[0], comparison.reference)
+    label = _label(row, comparison)
+    reference = _label(comparison.rows[0], comparison)
     followed = f", where {_quoted(worst.following)} follows" if worst.following else ""
     line = Text(f"{label}: KL {worst.kl:.2f} after {_quoted('…' + context)}{followed}: {reference} ")
     return line.append(f"{_said(worst.reference)}; {label} {_said(worst.candidate)}")

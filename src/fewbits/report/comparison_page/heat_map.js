@@ -132,11 +132,12 @@ function walk(map, say) {
   });
 }
 
-/** What the colours mean: from faint to strong. @param {string} hue a class @param {readonly (readonly [number, string])[]} marks */
-export function scale(hue, marks) {
+/** What the colours mean, from faint to strong. @param {string} hue a class @param {readonly (readonly [number, string])[]} marks
+ * @param {number} darkest per cent */
+export function scale(hue, marks, darkest = 100) {
   const pieces = Array.from({ length: 12 }, (_, index) => {
     const piece = h("i");
-    piece.style.setProperty("--strength", `${Math.round(6 + (94 * index) / 11)}%`);
+    piece.style.setProperty("--strength", `${Math.round((darkest * (0.7 + index)) / 11.7)}%`);
     return piece;
   });
   const texts = marks.map(([at, text]) => {

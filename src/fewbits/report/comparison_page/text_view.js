@@ -17,6 +17,7 @@ const MEASURES = [
   ["difference", "loss, more or less than the reference’s"],
   ["loss", "loss"],
 ];
+const DARKEST = 52; // per cent of colour under a token, so that it can still be read
 const scales = new Map(MEASURES.map(([measure]) => [measure, scaleOf(measure, data, reference)]));
 const usable = MEASURES.filter(([measure]) => scales.get(measure)?.some);
 
@@ -104,7 +105,7 @@ function colour() {
   for (const span of /** @type {NodeListOf<HTMLElement>} */ (byId("tokens").querySelectorAll("[data-token]"))) {
     const value = measured(state.by, row, reference, state.window, Number(span.dataset.token));
     const strength = value === null || !of ? 0 : of.strength(value);
-    const part = Math.round(72 * Math.abs(strength));
+    const part = Math.round(DARKEST * Math.abs(strength));
     span.className = part < 2 ? "" : strength < 0 ? "better" : "worse";
     span.style.setProperty("--strength", `${part}%`);
   }
@@ -130,7 +131,7 @@ function legend() {
       [1, `${significant(most, 2)} nats worse; green is better`],
     ],
   };
-  byId("text-legend").replaceChildren(scale("heat-text", marks[state.by]));
+  byId("text-legend").replaceChildren(scale("heat-text", marks[state.by], DARKEST));
 }
 
 /** @param {number} token */
