@@ -4,6 +4,8 @@
     gradient of x    dx = round(ĝ · ŵ)             round: to the format of the results, once
     gradient of w    dw = round(ĝᵀ · x̂)
 
+8-bit operands go through the FP8 units of a GPU that has them (``fp8_product``); else bfloat16 holds their values.
+
 On a CPU without fp16 the operands are widened to float32, where products of fp16 numbers are exact: what a tensor
 core computes, up to the order of the sums. bf16 runs natively where the CPU has instructions for it.
 
@@ -22,6 +24,7 @@ import torch
 from torch import Tensor
 
 from fewbits.formats import Format
+from fewbits.train import fp8_product
 from fewbits.train.recipe import Recipe, is_eight_bit
 from fewbits.train.scaling import AmaxHistory, scale_amax, scaled_round
 
@@ -159,6 +162,12 @@ class Operands:
         """Gradients ``[R, C]`` as a matmul over C reads them."""
         return self._round(g, self.recipe.gradients, f"{name} gradient", False)
 
+    def product(self, a: Tensor, a_fmt: Format, b: Tensor, b_fmt: Format, bias: Tensor | None = None) -> Tensor:
+        """Multiply rounded operands, ``[M, K]`` by ``[K, N]``; sums, and the bias, are rounded to the results once."""
+        if fp8_product.takes(a, a_fmt, b, b_fmt, self.recipe.scaling, self.dtype):
+            return fp8_product.fp8_product(a, a_fmt, b, b_fmt, self.recipe.scaling, self.dtype, bias)
+        return product(*_alike(a, b), self.dtype, bias)
+
     def _round(self, x: Tensor, fmt: Format, key: str, square: bool) -> Tensor:
         amax = None
         if not is_eight_bit(fmt):
@@ -179,7 +188,8 @@ class _Linear(torch.autograd.Function):
         tokens = x.reshape(-1, x.shape[-1]).to(operands.dtype)  # [M, K]
         rounded = operands.activation(tokens, name)
         held = operands.weight(weight, name, transposed=False)  # [N, K]
-        y = product(*_alike(rounded, held.t()), operands.dtype, bias)
+        recipe = operands.recipe
+        y = operands.product(rounded, recipe.activations, held.t(), recipe.weights, bias)
         if operands.observer is not None:
             operands.observer.result(f"{name} output", y)
         ctx.operands, ctx.name, ctx.x_dtype, ctx.x_shape = operands, name, x.dtype, x.shape
@@ -197,17 +207,18 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def _gradients(ctx: Any, saved: tuple[Tensor, Tensor], gradient: Tensor) -> tuple[Tensor | None, ...]:
         operands, name = ctx.operands, ctx.name
+        recipe = operands.recipe
         x, weight = saved
         g = gradient.reshape(-1, gradient.shape[-1]).to(operands.dtype)  # [M, N]
         dx = dw = db = None
         rounded = operands.gradient(g, name)
         if ctx.needs_input_grad[0]:
             held = operands.weight(weight, name, transposed=True)
-            dx = product(*_alike(rounded, held), operands.dtype).view(ctx.x_shape).to(ctx.x_dtype)
+            dx = operands.product(rounded, recipe.gradients, held, recipe.weights).view(ctx.x_shape).to(ctx.x_dtype)
         if ctx.needs_input_grad[1]:
             gt = operands.gradient(g.t(), name) if operands.both_ways else rounded.t()
             xt = operands.activation(x.t(), name).t() if operands.both_ways else x
-            dw = product(*_alike(gt, xt), operands.dtype)
+            dw = operands.product(gt, recipe.gradients, xt, recipe.activations)
         if ctx.needs_input_grad[2]:
             db = g.sum(0, dtype=torch.float32)
         if operands.observer is not None:

@@ -68,7 +68,7 @@ def scaled_round(x: Tensor, fmt: Format, amax: Tensor, square: bool) -> Tensor:
 
 def scale_exponents(x: Tensor, fmt: Format, amax: Tensor, square: bool) -> Tensor:
     """The k of each element's scale 2^k, as ``scaled_round`` takes it: float32, broadcasts to ``x``."""
-    exponents = _exponents(amax, fmt)
+    exponents = exponents_of(amax, fmt)
     if amax.ndim == 2 and amax.shape[1] > 1:
         exponents = exponents.repeat_interleave(BLOCK, 1)[:, : x.shape[1]]
     if square and amax.ndim == 2 and amax.shape[0] != x.shape[0]:
@@ -76,7 +76,7 @@ def scale_exponents(x: Tensor, fmt: Format, amax: Tensor, square: bool) -> Tenso
     return exponents
 
 
-def _exponents(amax: Tensor, fmt: Format) -> Tensor:
+def exponents_of(amax: Tensor, fmt: Format) -> Tensor:
     """The largest k with amax · 2^k at most the format's largest number, float32; NaN where amax is not finite."""
     room = float(fmt.max) / amax
     exponents = (torch.frexp(room)[1] - 1).float().clamp(-120, 120)
