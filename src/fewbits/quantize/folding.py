@@ -4,6 +4,8 @@
 
 The model stays what it is, but for rounding; what changes is what rounding does to it. Tensors are changed one by one
 when they are read, so that a conversion streams as ever, and whoever reads what it wrote sees an ordinary model.
+
+Letters: K input features.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
+import torch
 import transformers
 from torch import Tensor
 
@@ -23,6 +26,11 @@ from fewbits.models.naming import Place, check_tensors
 from fewbits.models.quantized_source import DequantizedSource
 from fewbits.models.source import Source, StoredTensor
 from fewbits.models.stored_dtype import nominal_dtype
+
+ALPHA = 0.5
+"""How much of what is too large is moved from activations to weights: in equal parts."""
+
+_MOST = 10  # powers of two that a channel is moved from the middle one: its gain stays well within 16 bits
 
 Change = Callable[[Tensor], Tensor]
 """What is done to a tensor: float32, of the shape it has and keeps."""
@@ -116,3 +124,21 @@ def together(*changes: Change) -> Change:
         return tensor
 
     return change
+
+
+def scales_of(activations: Tensor, weights: Tensor) -> Tensor:
+    """What to divide the channels of activations by, and to multiply the weights' with, ``[K]``.
+
+    A dead channel, whose activations or weights were all 0, gets 1. The middle one of the others gets 1 too: a factor
+    common to all would change nothing.
+
+    Args:
+        activations: The largest magnitude of each channel ``[K]``.
+        weights: The same of the weights that read it ``[K]``.
+    """
+    dead = (activations == 0) | (weights == 0)
+    powers = ALPHA * activations.log2() - (1 - ALPHA) * weights.log2()
+    if dead.all():
+        return torch.ones_like(powers)
+    powers = (powers - powers[~dead].median()).clamp(-_MOST, _MOST)
+    return torch.exp2(powers.masked_fill(dead, 0.0))
