@@ -4,7 +4,7 @@ Exit codes: 0 done, 1 the work failed (a full disk, say), 2 bad input or usage, 
 stdout; errors and progress go to stderr, an error as one line.
 """
 
-from fewbits.cli import numbers, explore, conversion, compare, preflight, train, talk, doctor  # isort: skip  # in the order of --help
+from fewbits.cli import numbers, explore, plan, conversion, compare, preflight, train, talk, doctor  # isort: skip  # in the order of --help
 from fewbits.cli.app import app, main
 
-__all__ = ["app", "compare", "conversion", "doctor", "explore", "main", "numbers", "preflight", "talk", "train"]
+__all__ = ["app", "compare", "conversion", "doctor", "explore", "main", "numbers", "plan", "preflight", "talk", "train"]

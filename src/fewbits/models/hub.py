@@ -1,5 +1,7 @@
 """Models on the Hugging Face Hub: fetched into its cache, or found there when the Hub cannot be reached."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,48 @@ def fetch_model(
         OSError: The disk is full.
     """
     from huggingface_hub import snapshot_download
+
+    wanted = [*_WANTED, "*.py"] if trust_remote_code else _WANTED
+    prefix = f"{subfolder}/" if subfolder else ""
+
+    def fetch(patterns: list[str]) -> Path:
+        folder = snapshot_download(
+            name,
+            revision=revision,
+            allow_patterns=[prefix + pattern for pattern in patterns],
+            ignore_patterns=[prefix + pattern for pattern in _UNWANTED],
+            **options,
+        )
+        return Path(folder) / subfolder
+
+    with _told(name, revision):
+        folder = fetch(wanted)
+        return folder if any(folder.glob("*.safetensors")) else fetch(_PICKLES)
+
+
+def fetch_config(name: str, *, revision: str | None = None) -> Path:
+    """The folder in the Hugging Face cache that holds `config.json` of a Hub model; nothing else is downloaded.
+
+    Raises:
+        FewbitsError: As `fetch_model`, or the repository has no such file.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    with _told(name, revision):
+        try:
+            return Path(hf_hub_download(name, "config.json", revision=revision)).parent
+        except LocalEntryNotFoundError:
+            raise
+        except EntryNotFoundError as error:
+            raise FewbitsError(
+                f"{name} has no config.json on the Hub; name the model that it was made from, or give its .gguf file"
+            ) from error
+
+
+@contextmanager
+def _told(name: str, revision: str | None) -> Iterator[None]:
+    """Say what is wrong where the Hub's client raises."""
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -61,22 +105,8 @@ def fetch_model(
         "reached; check the spelling or connect",
         HfHubHTTPError: "cannot be fetched from the Hub; try again later",
     }
-    wanted = [*_WANTED, "*.py"] if trust_remote_code else _WANTED
-    prefix = f"{subfolder}/" if subfolder else ""
-
-    def fetch(patterns: list[str]) -> Path:
-        folder = snapshot_download(
-            name,
-            revision=revision,
-            allow_patterns=[prefix + pattern for pattern in patterns],
-            ignore_patterns=[prefix + pattern for pattern in _UNWANTED],
-            **options,
-        )
-        return Path(folder) / subfolder
-
     try:
-        folder = fetch(wanted)
-        return folder if any(folder.glob("*.safetensors")) else fetch(_PICKLES)
+        yield
     except tuple(reasons) as error:
         reason = next(reason for kind, reason in reasons.items() if isinstance(error, kind))
         raise FewbitsError(f"{name} {reason}") from error

@@ -112,7 +112,7 @@ def use_int8_cache(model: transformers.PreTrainedModel) -> None:
     Raises:
         FewbitsError: If the model keeps no keys and values, or states of another kind.
     """
-    if not _has_cache(model):
+    if not has_cache(model):
         raise FewbitsError(
             f"kv_cache='int8': a model of type {model.config.model_type!r} has no cache of keys and values that could "
             "be quantized; leave it out"
@@ -122,7 +122,7 @@ def use_int8_cache(model: transformers.PreTrainedModel) -> None:
         each.register_forward_pre_hook(partial(_quantize_cache, before), with_kwargs=True)
 
 
-def _has_cache(model: transformers.PreTrainedModel) -> bool:
+def has_cache(model: transformers.PreTrainedModel) -> bool:
     """Whether a model can go on from a DynamicCache: encoders have none, Mamba, RWKV and the like another state."""
     config = model.config
     decodes = config.is_encoder_decoder or getattr(config, "is_decoder", True)

@@ -103,7 +103,7 @@ def open_source(
         return _open_file(path)
     if path.is_dir():
         return _open_folder(path / subfolder, trust_remote_code)
-    if not _is_hub_id(os.fspath(model)):
+    if not is_hub_id(os.fspath(model)):
         raise FewbitsError(
             f"no such file or folder: {path}; give a .gguf file, a folder with safetensors, or a Hub id (owner/name)"
         )
@@ -134,6 +134,6 @@ def _open_folder(path: Path, trust_remote_code: bool) -> Source:
     return adapted(folder)
 
 
-def _is_hub_id(model: str) -> bool:
+def is_hub_id(model: str) -> bool:
     """Whether `model` can be meant as `name` or `owner/name`, and not as a path that does not exist."""
     return re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", model) is not None and not model.endswith((".gguf", ".safetensors"))

@@ -29,14 +29,7 @@ def adapt_baichuan(source: Source, raw: RawConfig) -> Source:
     Raises:
         FewbitsError: A variant that Llama cannot compute, or a checkpoint that does not fit its configuration.
     """
-    # The code of the 13B models knows no max_position_embeddings, and that of the 7B models cannot do without it.
-    if "max_position_embeddings" not in raw.settings:
-        raise raw.refuse(
-            "max_position_embeddings",
-            "is a 13B model: its positions are ALiBi, which transformers has for no network of this kind",
-            "use Baichuan2-7B, whose positions are rotary",
-        )
-    config = _llama_config(raw)
+    config = baichuan_config(raw)
     return AdaptedFolder(
         source,
         config,
@@ -44,6 +37,22 @@ def adapt_baichuan(source: Source, raw: RawConfig) -> Source:
         tokenizer=lambda: baichuan_tokenizer(source.path),
         generation_config=source.generation_config,
     )
+
+
+def baichuan_config(raw: RawConfig) -> LlamaConfig:
+    """The configuration of the Llama that a Baichuan-7B or Baichuan2-7B is.
+
+    Raises:
+        FewbitsError: A variant that Llama cannot compute.
+    """
+    # The code of the 13B models knows no max_position_embeddings, and that of the 7B models cannot do without it.
+    if "max_position_embeddings" not in raw.settings:
+        raise raw.refuse(
+            "max_position_embeddings",
+            "is a 13B model: its positions are ALiBi, which transformers has for no network of this kind",
+            "use Baichuan2-7B, whose positions are rotary",
+        )
+    return _llama_config(raw)
 
 
 def _is_first(raw: RawConfig) -> bool:

@@ -51,9 +51,8 @@ def adapt_chatglm(source: Source, raw: RawConfig) -> Source:
     Raises:
         FewbitsError: A variant that GLM cannot compute, or a checkpoint that does not fit its configuration.
     """
-    _refuse_variants(raw)
     second = _is_chatglm2(raw)
-    config = _glm_config(raw, second)
+    config = chatglm_config(raw)
     return AdaptedFolder(
         source,
         config,
@@ -61,6 +60,16 @@ def adapt_chatglm(source: Source, raw: RawConfig) -> Source:
         tokenizer=lambda: chatglm_tokenizer(source.path, roles=not second),
         generation_config=lambda: _generation_config(source, config, roles=not second),
     )
+
+
+def chatglm_config(raw: RawConfig) -> GlmConfig:
+    """The configuration of the GLM that a ChatGLM2 or ChatGLM3 is.
+
+    Raises:
+        FewbitsError: A variant that GLM cannot compute.
+    """
+    _refuse_variants(raw)
+    return _glm_config(raw, _is_chatglm2(raw))
 
 
 def _refuse_variants(raw: RawConfig) -> None:
