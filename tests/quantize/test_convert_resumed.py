@@ -19,7 +19,7 @@ from fewbits.models.resumable import RECORD
 from fewbits.models.safetensors_folder import SafetensorsFolder
 from fewbits.models.source import open_source
 from fewbits.models.staging import staged_folder
-from fewbits.quantize.convert import Conversion
+from fewbits.quantize.conversion import Conversion
 
 ROWS = 21  # tensors of the tiny model
 PRECISIONS = ("int8", "fp16")

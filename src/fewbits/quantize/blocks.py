@@ -43,7 +43,7 @@ class Blocks:
         self._source, self._windows = source, windows
         self._model = copy.deepcopy(model).eval().requires_grad_(False)
         self._stored = {place.parameter: name for name, place in places.items()}
-        self.prefix, self._blocks = _stack_of(self._model)
+        self.prefix, self._blocks = stack_of(self._model)
         self.inputs: list[Tensor] = []
         self._arguments: dict[str, Any] = {}
 
@@ -114,7 +114,7 @@ class _Caught(Exception):  # noqa: N818  # no error: it ends a forward pass that
     pass
 
 
-def _stack_of(model: transformers.PreTrainedModel) -> tuple[str, nn.ModuleList]:
+def stack_of(model: transformers.PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """The name, with a point behind it, and the modules of the one stack of blocks that a model is."""
     stacks = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     outer = {name: each for name, each in stacks.items() if not any(name.startswith(f"{other}.") for other in stacks)}

@@ -31,6 +31,7 @@ from fewbits.models.resumable import Resumable
 from fewbits.models.safetensors_writer import SafetensorsWriter
 from fewbits.models.source import Source
 from fewbits.quantize.calibrate import Calibration
+from fewbits.quantize.candidates import Candidates
 from fewbits.quantize.least_error import least_error
 from fewbits.tensors.cast_report import CastReport, cast_and_report
 from fewbits.tensors.quantized import QuantizedTensor, quantize_weight
@@ -56,6 +57,7 @@ class FolderJob:
         method: How codes and scales are found; see ``convert``.
         calibration: What gives the weights of blocks, with gptq.
         mixed: What each module becomes, where they differ; None: all become the same.
+        candidates: What gives quantized weights, made before.
     """
 
     source: Source
@@ -70,6 +72,7 @@ class FolderJob:
     method: str = "absmax"
     calibration: Calibration | None = None
     mixed: Mapping[str, Precision] | None = None
+    candidates: Candidates | None = None
 
     def write_config(self, model: transformers.PreTrainedModel, folder: Path) -> None:
         """Write what transformers reads before it reads weights."""
@@ -202,6 +205,8 @@ class FolderJob:
         if isinstance(self.source, QuantizedSource) and self._is_taken_over(name):
             weight = self.source.read_quantized(name)
             return replace(weight, scales=weight.scales.to(dtype))
+        if self.candidates is not None and self.candidates.holds(name):
+            return self.candidates.read(name, precision)
         if self.calibration is not None and self.calibration.holds(name):
             return self.calibration.take(name)
         tensor = self.source.read(name)
