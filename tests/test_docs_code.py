@@ -27,6 +27,9 @@ MODELS = ("MODEL", "Qwen/Qwen3-0.6B", "qwen")
 NOT_RUN = {("explore", "--open"), ("explore",)}
 """Commands that would not end by themselves; that they parse is tested with all others."""
 
+RESULTS = ("compare", "doctor", "formats", "generate", "preflight", "show", "train")
+"""Commands that later blocks do not need: each such line is run once, on the first page that has it."""
+
 TEXT = "\n".join(f"Precision is a budget: {i} bits and {i} more are {2 * i} bits." for i in range(400))
 
 
@@ -53,9 +56,14 @@ def session(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     return tmp_path
 
 
+@pytest.fixture(scope="module")
+def done() -> set[tuple[str, ...]]:
+    return set()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in (*FRONT, *DOCS) if "```" in read(page)])
-def test_the_code_runs(page: str, session: Path, run_cli: Callable[..., Any]) -> None:
+def test_the_code_runs(page: str, session: Path, done: set[tuple[str, ...]], run_cli: Callable[..., Any]) -> None:
     torch.manual_seed(0)
     names: dict[str, Any] = {"__name__": "page"}
     for block in blocks(read(page)):
@@ -63,8 +71,9 @@ def test_the_code_runs(page: str, session: Path, run_cli: Callable[..., Any]) ->
             run_python(block.code, f"{page}:{block.line}", names)
         elif block.why_not is None and block.language == "sh":
             for arguments in commands(block.code):
-                if tuple(arguments) not in NOT_RUN:
+                if tuple(arguments) not in NOT_RUN | done:
                     ran = run_cli(*arguments)
+                    done |= {tuple(arguments)} if arguments[0] in RESULTS else set()
                     assert ran.code == 0, f"{page}: fewbits {' '.join(arguments)}: {ran.err}"
 
 
