@@ -4,6 +4,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from fewbits.errors import FewbitsError
 from fewbits.measure import quality
 from fewbits.measure.positions import standard_error
 from fewbits.measure.quality import Reference, compare_models, kl_divergence
+from fewbits.measure.scratch import roomy_folder
 from fewbits.measure.text import token_windows
 
 Model = Callable[..., SimpleNamespace]
@@ -129,11 +131,28 @@ def test_too_little_room_for_the_reference(monkeypatch: pytest.MonkeyPatch) -> N
         compare_models(model_with([P, P]), model_with([P, P]), WINDOW)
 
 
+def test_a_disk_that_becomes_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda **_: Path("/dev/full").open("r+b", 0))  # noqa: SIM115
+    with pytest.raises(
+        FewbitsError, match=r"became full while the reference's log-probabilities were written: set TMPDIR"
+    ):
+        compare_models(model_with([P, P]), model_with([P, P]), WINDOW)
+
+
+def test_the_file_goes_where_tmpdir_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("TMPDIR", "TEMP", "TMP"):
+        monkeypatch.delenv(name, raising=False)
+    assert roomy_folder() in ("/var/tmp", tempfile.gettempdir())
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    assert roomy_folder() == str(tmp_path)
+
+
 def test_the_temporary_file_is_closed_when_the_model_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     files = []
 
-    def recorded(**where: str) -> object:
-        files.append(original(**where))
+    def recorded(**options: Any) -> object:
+        files.append(original(**options))
         return files[-1]
 
     original = tempfile.TemporaryFile

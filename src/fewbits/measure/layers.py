@@ -14,11 +14,9 @@ its inputs and outputs, S·(K + N) float32 a layer, in a temporary file.
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,21 +24,12 @@ from transformers.pytorch_utils import Conv1D
 
 from fewbits.measure.comparison import Layer
 from fewbits.measure.merged import counterparts
-from fewbits.measure.room import roomy_folder, write
+from fewbits.measure.scratch import Kept, Scratch
 from fewbits.measure.stored_weights import format_and_bits
 from fewbits.models.experts import QuantExperts, expert_weights
 
 SAMPLED = 32
 """Tokens that a layer is measured on, evenly spaced in a window; N of them times as many numbers make a sum."""
-
-
-@dataclass(frozen=True)
-class _Kept:
-    """A tensor in the file."""
-
-    offset: int
-    shape: torch.Size
-    dtype: torch.dtype
 
 
 class ReferenceLayers(ExitStack):
@@ -57,10 +46,10 @@ class ReferenceLayers(ExitStack):
             FewbitsError: the temporary folder is full.
         """
         super().__init__()
-        self._file: IO[bytes] = tempfile.TemporaryFile(dir=roomy_folder())  # noqa: SIM115 - closed by close()
-        self.callback(self._file.close)
-        self._kept: dict[str, tuple[tuple[_Kept, ...], _Kept]] = {}
-        self._last: tuple[tuple[Any, ...], tuple[_Kept, ...]] = ((), ())
+        self._scratch = Scratch("the inputs and outputs of the reference's layers")
+        self.callback(self._scratch.close)
+        self._kept: dict[str, tuple[tuple[Kept, ...], Kept]] = {}
+        self._last: tuple[tuple[Any, ...], tuple[Kept, ...]] = ((), ())
         tokens = len(window)
         step = max(1, tokens // SAMPLED)
         self._sampled = torch.arange(step - 1, tokens, step)  # not the first token: its outliers would be all there is
@@ -113,27 +102,19 @@ class ReferenceLayers(ExitStack):
 
         return keep
 
-    def _write(self, tensor: Tensor) -> _Kept:
+    def _write(self, tensor: Tensor) -> Kept:
         rows = tensor.reshape(-1, tensor.shape[-1])[self._sampled.to(tensor.device)].cpu()  # [S, K]
         rows = rows.float() if rows.is_floating_point() else rows.long()
-        offset = self._file.tell()
-        write(self._file, rows, "the inputs and outputs of the reference's layers")
-        return _Kept(offset, rows.shape, rows.dtype)
-
-    def _read(self, kept: _Kept) -> Tensor:
-        self._file.seek(kept.offset)
-        data = bytearray(kept.shape.numel() * kept.dtype.itemsize)
-        self._file.readinto(data)  # type: ignore[attr-defined] # IO[bytes] leaves readinto out
-        return torch.frombuffer(data, dtype=kept.dtype).view(kept.shape)
+        return self._scratch.add(rows)
 
     def _sqnr(self, name: str, module: nn.Module, channels: slice, dtype: torch.dtype) -> float | None:
         inputs, output = self._kept[name]
         device = next((tensor.device for tensor in (*module.parameters(), *module.buffers())), torch.device("cpu"))
-        given = (self._read(each).to(device) for each in inputs)
+        given = (self._scratch.read(each).to(device) for each in inputs)
         given = (each.to(dtype) if each.is_floating_point() else each for each in given)
         with torch.inference_mode():
             made = module(*given)[..., channels].double().cpu()
-        return sqnr_db(self._read(output).double(), made)
+        return sqnr_db(self._scratch.read(output).double(), made)
 
 
 def sqnr_db(signal: Tensor, quantized: Tensor) -> float | None:

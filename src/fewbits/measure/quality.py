@@ -15,21 +15,19 @@ of each model, and a few numbers for each position.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import Any, Self
 
 import torch
 
 from fewbits.errors import FewbitsError
 from fewbits.measure.positions import WorstPosition, WorstPositions, standard_error
-from fewbits.measure.room import check_room, roomy_folder, write
+from fewbits.measure.scratch import Kept, Scratch
 from fewbits.tensors.divergence import kl_divergence
 
 _CHUNK_BYTES = 8 << 20  # of float32 log-probabilities; half a dozen such tensors are in memory, small beside any model
-_RECORDED = "the reference's log-probabilities"
 
 Model = Callable[..., Any]
 """Anything called as `model(input_ids=[1, T])` whose answer has `.logits` [1, T, V]."""
@@ -87,7 +85,8 @@ class Reference:
         self.windows = windows
         self.vocabulary = 0
         """How many tokens the reference gives a probability; known once it has run."""
-        self._file: IO[bytes] = tempfile.TemporaryFile(dir=roomy_folder())  # noqa: SIM115 - closed by close()
+        self._scratch = Scratch("the reference's log-probabilities")
+        self._kept: list[Kept] = []
         try:
             self.quality = self._record(model, progress)
             """The reference against itself."""
@@ -101,8 +100,8 @@ class Reference:
             for rows, log_p in _log_probabilities(model, window):
                 if not self.vocabulary:
                     self.vocabulary = log_p.shape[-1]
-                    check_room(self.windows.numel() * self.vocabulary * 4, _RECORDED)
-                write(self._file, log_p.cpu(), _RECORDED)
+                    self._scratch.check_room(self.windows.numel() * self.vocabulary * 4)
+                self._kept.append(self._scratch.add(log_p))
                 losses.append(_next_token_loss(log_p, window, rows))
             if progress:
                 progress(done, len(self.windows))
@@ -115,12 +114,12 @@ class Reference:
         Raises:
             FewbitsError: the model's vocabulary has another size than the reference's.
         """
-        self._file.seek(0)
+        kept = iter(self._kept)  # the chunks of one vocabulary are alike
         divergences, agreements, losses, worst = [], [], [], WorstPositions()
         for index, window in enumerate(self.windows):
             for rows, log_q in _log_probabilities(model, window):
                 check_vocabulary("the candidate", log_q.shape[-1], self.vocabulary)
-                log_p = self._read(len(log_q)).to(log_q.device)
+                log_p = self._scratch.read(next(kept)).to(log_q.device)
                 kl = kl_divergence(log_p, log_q)
                 worst.see(index, rows.start, kl, log_p, log_q)
                 divergences.append(kl.cpu())
@@ -131,14 +130,9 @@ class Reference:
         kls, agreed, lost = (torch.cat(each).view(len(self.windows), -1) for each in (divergences, agreements, losses))
         return _quality(kls, agreed, lost, worst.found())
 
-    def _read(self, rows: int) -> torch.Tensor:
-        data = bytearray(rows * self.vocabulary * 4)
-        self._file.readinto(data)  # type: ignore[attr-defined] # IO[bytes] leaves readinto out
-        return torch.frombuffer(data, dtype=torch.float32).view(rows, self.vocabulary)
-
     def close(self) -> None:
         """Give the temporary file back."""
-        self._file.close()
+        self._scratch.close()
 
     def __enter__(self) -> Self:
         return self
