@@ -16,8 +16,8 @@ from fewbits.models.manifest import ManifestRow
 from fewbits.models.quantized_source import as_weights
 from fewbits.models.source import open_source
 from fewbits.quantize.conversion import Conversion
+from fewbits.quantize.fold import fold
 from fewbits.quantize.method import Method
-from fewbits.quantize.quarot import quarot
 from fewbits.quantize.recipe import Recipe
 from fewbits.quantize.to_folder import FolderConversion
 from fewbits.quantize.to_gguf import convert_to_gguf
@@ -58,7 +58,8 @@ def convert(
             fewbits reads such a folder. Without it, fewbits rotates the weights of int8 when it loads them.
         method: How codes and scales are found: ``absmax``, the usual one: nothing is clipped; ``mse``: scales with the
             least squared error; ``gptq``: what layers give on some text is kept, rather than their weights. Joined to
-            it by ``+``, what is folded into neighbouring weights before: ``quarot`` rotates them, for all readers.
+            it by ``+``, what is folded into neighbouring weights before: ``quarot`` rotates them, ``smoothquant`` evens
+            out channels on that text. A folder of these is read by all readers.
         calibrate: A UTF-8 file with that text, which makes the method gptq; None: a built-in one.
         overflow: What a cast does with values beyond the new format: ``saturate`` writes its largest number, ``ieee``
             Inf; None: Inf where the format has it, else its largest number. Such tensors are warned of by name.
@@ -89,8 +90,7 @@ def convert(
     wanted = to if isinstance(to, str) else Recipe.of(to)
     job.precisions(wanted)  # what is wrong with them is found before a model is fetched
     opened = as_weights(open_source(source, revision=revision, trust_remote_code=trust_remote_code))
-    if "quarot" in how.folds:
-        opened = quarot(opened)
+    opened = fold(opened, how, text, on_block)
     return job.write(
         opened, out, wanted, overwrite=overwrite, on_manifest=on_manifest, on_block=on_block, progress=progress
     )

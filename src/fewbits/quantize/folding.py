@@ -54,12 +54,18 @@ class Folds:
 
 
 class FoldedSource:
-    """A source whose tensors are changed when they are read. See ``source.Source``."""
+    """A source whose tensors are changed when they are read. See ``source.Source``.
+
+    Attributes:
+        folds: What is done to them.
+        reasons: What a manifest says of a tensor beside the usual, for the folds below these too.
+    """
 
     def __init__(self, raw: Source, folds: Folds) -> None:
         self.path: Path = raw.path
         self.size: int = raw.size
         self.folds = folds
+        self.reasons: dict[str, str] = {**getattr(raw, "reasons", {}), **folds.reasons}
         self._raw = raw
         self._last: tuple[str, Tensor] | None = None
 

@@ -108,7 +108,7 @@ class FolderConversion:
         rounding = _rounding(source, str(to), precisions.values(), self.layout)
         manifest = prepared.manifest(precision, self.keep, mixed)
         if isinstance(source, FoldedSource):
-            manifest = [_told(row, source.folds.reasons) for row in manifest]
+            manifest = [_told(row, source.reasons) for row in manifest]
         tokenizer = source.tokenizer() if has_tokenizer(source) else None
         nbytes = sum(row.nbytes for row in manifest)
         calibration = None
