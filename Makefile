@@ -21,6 +21,7 @@ help:
 
 demo: $(INT8)/config.json build/compare.txt
 	@cat build/compare.txt
+	@echo 'Layer by layer and token by token: build/report.html'
 	@echo
 	@echo 'What is the capital of France?'
 	@$(BIN)/fewbits generate $(INT8) "What is the capital of France?"
@@ -135,4 +136,4 @@ build/llama-%/config.json: $(BF16)/config.json
 	@touch $@
 
 build/compare.txt: $(INT8)/config.json
-	$(BIN)/fewbits compare $(MODEL) $(INT8) --json build/compare.json > $@
+	$(BIN)/fewbits compare $(MODEL) $(INT8) --json build/compare.json --report build/report.html > $@

@@ -94,7 +94,13 @@ function line(index) {
 
 /** @param {Column} column @param {Row} row */
 function cell(column, row) {
-  return h("td", { class: column.name === "Precision" ? "word" : null }, column.text(row));
+  const [value, error] = column.text(row).split(" ± ");
+  return h(
+    "td",
+    { class: column.name === "Precision" ? "word" : null },
+    value,
+    error ? h("small", {}, ` ± ${error}`) : null,
+  );
 }
 
 /** @param {number | null} share @param {number | null} error */
