@@ -114,7 +114,9 @@ def test_a_search() -> None:
     assert (made["target"], made["max_kl"], made["met"]) == ("a KL of at most 0.02", 0.02, True)
     assert made["assignment"] == [{"module": "lm_head", "precision": "nf4", "bits": 4, "kl_alone": 1e-3}]
     assert made["tried"] == [{"bits": 5.0, "kl": 0.03}]
-    assert page_data(comparison(search={"target": "max_size 3GiB"}))["search"]["max_kl"] is None
+    made = page_data(comparison(search={"target": "max_kl 1e-05 and max_size 3,000 bytes"}))["search"]
+    assert (made["target"], made["max_kl"]) == ("a KL of at most 1e-05 and a size of at most 3,000 bytes", 1e-5)
+    assert page_data(comparison(search={"target": "max_size 3,000 bytes"}))["search"]["max_kl"] is None
     assert page_data(comparison())["search"] is None
 
 

@@ -28,6 +28,7 @@ SEARCH = {
         for layer in range(4) for name in ("up_proj", "down_proj")
     ],
     "tried": [{"bits": 4.5, "kl": 0.1}, {"bits": 6.0, "kl": 0.03}],
+    "left_out": {"nf4": "the layout has no place for it"},
 }  # fmt: skip
 
 
@@ -178,7 +179,8 @@ def test_a_search(opening: Any) -> None:
     assert "Asked for: a KL of at most 0.02. It could not be met" in about
     assert "int4: 6 modules int8: 2 modules" in opened.text("#search-map")
     opened.page.locator("#search-map [data-module='model.layers.0.mlp.up_proj']").hover()
-    assert opened.text("#search-said") == "model.layers.0.mlp.up_proj: int8, KL 0.001 if it alone were quantized"
+    assert opened.text("#search-said") == "model.layers.0.mlp.up_proj: int8, KL 0.001 if only its group were so"
+    assert opened.text("#search-left-out") == "Without nf4: the layout has no place for it"
     opened.page.locator("#search-controls select").select_option("kl")
     assert "KL 0.001" in opened.text("#search-map")
 
@@ -291,6 +293,8 @@ def test_losses_without_tokens_or_a_candidate(opening: Any) -> None:
     assert opened.page.locator(".place button").count() == 0, "no text to be seen in"
     empty = opening({"rows": [], "reference": "nothing.gguf"})
     assert empty.page.locator("main section").count() == 1
+    searched = opening({"rows": [], "search": SEARCH})
+    assert searched.page.locator("main section").count() == 3, "a search alone has a plot of what was tried"
 
 
 def test_a_long_text_keeps_the_page_small(opening: Any) -> None:

@@ -9,7 +9,7 @@ import pytest
 from fewbits.formats import Format, names
 from fewbits.formats.dialects import DIALECTS
 from fewbits.report import one_file
-from fewbits.report.explore import GROUPS, MODELS, STORED, TRAININGS, page_data
+from fewbits.report.explore import GROUPS, MODELS, Shape, page_data
 from fewbits.report.explore_page import page_html, write_page
 from fewbits.report.one_file import bundle
 
@@ -46,15 +46,30 @@ def test_the_scale_rules_are_those_that_a_format_allows() -> None:
         assert allowed[0] == Format.named(name).scale_rule(None)
 
 
-def test_the_precisions_are_those_of_models() -> None:
-    from fewbits.models.precision import PRECISIONS
+@pytest.mark.parametrize("shape", MODELS, ids=lambda shape: shape.name)
+def test_what_fits_has_the_numbers_of_the_plan(shape: Shape, tmp_path: Path) -> None:
+    from fewbits.measure.plan import plan
 
-    ours = {stored.name: stored for stored in STORED}
-    assert ours.keys() <= PRECISIONS.keys()
-    for name, stored in ours.items():
-        known = PRECISIONS[name]
-        right = (known.weights.name, known.group_size, known.cast)
-        assert (stored.weights, stored.group_size, stored.cast) == right, name
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "bfloat16",
+        "hidden_size": shape.hidden, "intermediate_size": shape.intermediate, "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads, "num_key_value_heads": shape.kv_heads, "head_dim": shape.head_dim,
+        "vocab_size": shape.vocabulary, "tie_word_embeddings": shape.tied, "max_position_embeddings": 1 << 20,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    planned = plan(tmp_path, memory="1TiB", context=1000, train=True, bandwidth=False)
+    model = next(each for each in page_data()["models"] if each["name"] == shape.name)
+    assert model["parameters"] == planned.parameters
+    assert list(model["weights"]) == [row.precision for row in planned.rows]
+    for row in planned.rows:
+        name = row.precision
+        assert model["weights"][name] == pytest.approx(row.weights, abs=1024), name  # rotary frequencies are beside
+        assert (model["bits"][name], 1000 * model["cache"][name]) == (row.bits_per_weight, row.cache)
+        assert 1000 * model["cache_int8"] == row.cache_int8
+    trainings = page_data()["trainings"]
+    assert [training["name"] for training in trainings] == [row.name for row in planned.trainings]
+    for training, row in zip(trainings, planned.trainings, strict=True):
+        assert sum(size for _, size in training["parts"]) == pytest.approx(row.bytes_per_parameter, rel=0.01)
 
 
 def test_integer_groups_divide_as_tensors_quantized_does() -> None:
@@ -67,9 +82,11 @@ def test_integer_groups_divide_as_tensors_quantized_does() -> None:
 
 def test_parameters_follow_from_the_shape() -> None:
     known = {"SmolLM2-135M": 134_515_008, "Llama-3.2-1B": 1_235_814_400, "Llama-3.1-8B": 8_030_261_248}
-    found = {model.name: model.parameters for model in MODELS}
+    found = {model.name: model.size.parameters for model in MODELS}
     assert {name: found[name] for name in known} == known
-    assert [sum(size for _, size in training.parts) for training in TRAININGS[:3]] == [16, 18, 17]
+    measured = [16, 16, 16, 16, 14, 10, 6.03]  # benchmarks/bench_train.py
+    sums = [sum(size for _, size in training["parts"]) for training in page_data()["trainings"]]
+    assert sums == pytest.approx(measured, abs=0.005)
 
 
 @pytest.mark.parametrize("folder", ["page", "comparison_page"])

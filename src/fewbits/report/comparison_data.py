@@ -98,7 +98,7 @@ def _search(search: dict[str, Any] | None) -> dict[str, Any] | None:
     if not search:
         return None
     target = str(search.get("target") or "")
-    asked = re.fullmatch(r"max_kl (\d+(?:\.\d*)?(?:e[-+]?\d+)?)", target)
+    asked = re.match(r"max_kl (\d+(?:\.\d*)?(?:e[-+]?\d+)?)(?: and |$)", target)
     return {
         "target": target.replace("max_kl", "a KL of at most").replace("max_size", "a size of at most"),
         "max_kl": _number(float(asked[1])) if asked else None,
@@ -112,6 +112,7 @@ def _search(search: dict[str, Any] | None) -> dict[str, Any] | None:
             }
             for each in search.get("assignment") or []
         ],
+        "left_out": [f"Without {name}: {why}" for name, why in (search.get("left_out") or {}).items()],
         "tried": [
             {"bits": bits, "kl": kl}
             for each in search.get("tried") or []

@@ -38,7 +38,7 @@ import { byId } from "../page_base/dom.js";
  * @property {Worst[]} worst
  */
 /** @typedef {{ module: string, precision: string, bits: number | null, kl_alone: number | null }} Assigned */
-/** @typedef {{ target: string, max_kl: number | null, met: boolean | null, assignment: Assigned[], tried: { bits: number, kl: number }[] }} Search */
+/** @typedef {{ target: string, max_kl: number | null, met: boolean | null, assignment: Assigned[], tried: { bits: number, kl: number }[], left_out: string[] }} Search */
 /**
  * @typedef {object} PageData
  * @property {string} about the first sentence: what was held against what, on which text

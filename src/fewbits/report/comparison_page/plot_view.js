@@ -24,8 +24,11 @@ const state = { axis: "bits", width: 0 };
 
 /** Draw the plot, if there are two points. */
 export function start() {
-  const usable = Object.entries(AXES).filter(([, axis]) => data.rows.filter((row) => placed(row, axis)).length > 1);
-  if (!usable.length || !data.rows.some((row) => row.kl !== null && row.kl > 0)) return false;
+  const usable = Object.entries(AXES).filter(([, axis]) => {
+    const rows = data.rows.filter((row) => placed(row, axis));
+    return rows.length + tried(axis).length > 1 && (rows.some((row) => row.kl) || tried(axis).length > 0);
+  });
+  if (!usable.length) return false;
   state.axis = usable[0][0];
   /** @type {[string, string][]} */
   const options = usable.map(([key, axis]) => [key, axis.name]);
@@ -48,12 +51,17 @@ function placed(row, axis) {
   return row.kl !== null && row.kl >= 0 && (axis.of(row) ?? 0) > 0;
 }
 
+/** What a search tried, where there is a place for it. @param {Axis} axis */
+function tried(axis) {
+  return axis === AXES.bits ? (data.search?.tried ?? []).filter(({ bits, kl }) => bits > 0 && kl > 0) : [];
+}
+
 function draw() {
   if (!state.width) return;
   const axis = AXES[state.axis];
   const rows = data.rows.map((row, index) => ({ row, index })).filter(({ row }) => placed(row, axis));
-  const tried = state.axis === "bits" ? (data.search?.tried ?? []).filter(({ bits, kl }) => bits > 0 && kl > 0) : [];
-  const { x, y, frame, ticks } = scales(rows.map(({ row }) => row), axis, tried); // biome-ignore format: as it is read
+  const attempts = tried(axis);
+  const { x, y, frame, ticks } = scales(rows.map(({ row }) => row), axis, attempts); // biome-ignore format: as it is read
   const points = rows.map(({ row, index }) => ({
     index,
     row,
@@ -68,12 +76,12 @@ function draw() {
     "aria-label": `KL divergence by ${axis.name}`,
   });
   svg.append(grid(axis, ticks, x, y, frame), target(y, frame), steps(points, frame));
-  svg.append(...tried.map(({ bits, kl }) => s("circle", { class: "tried", cx: x(bits), cy: y(kl), r: 3 })));
+  svg.append(...attempts.map(({ bits, kl }) => s("circle", { class: "tried", cx: x(bits), cy: y(kl), r: 3 })));
   svg.append(...named(points, frame, y));
   const focused = document.activeElement?.getAttribute("data-point");
   byId("plot-chart").replaceChildren(svg);
   if (focused) /** @type {SVGElement | null} */ (svg.querySelector(`[data-point="${focused}"]`))?.focus();
-  say(data.rows[chosenIndex()]);
+  if (data.rows.length) say(data.rows[chosenIndex()]);
   const missing = data.rows.filter((row) => !placed(row, axis)).map((row) => row.label);
   byId("plot-missing").textContent = missing.length
     ? `Without a place here, for want of a finite KL or a size: ${missing.join(", ")}.`

@@ -23,12 +23,13 @@ export function start() {
     ? ` ${search.tried.length} models were tried on the way; they are the small points above.`
     : "";
   byId("search-about").textContent = `Asked for: ${search.target}.${verdict}${tried}`;
+  byId("search-left-out").append(...search.left_out.map((line) => h("li", {}, line)));
   if (!assignment.length) return true;
   if (alone.length) {
     /** @type {[string, string][]} */
     const options = [
       ["bits", "bits"],
-      ["kl", "KL of this module alone"],
+      ["kl", "KL of its group alone"],
     ];
     byId("search-controls").append(
       select("Colour by", options, state.by, (value) => {
@@ -57,7 +58,7 @@ function draw() {
 
 /** @param {Assigned} assigned */
 function cell({ module, precision, bits, kl_alone: kl }) {
-  const says = `${module}: ${precision}${kl === null ? "" : `, KL ${significant(kl, 2)} if it alone were quantized`}`;
+  const says = `${module}: ${precision}${kl === null ? "" : `, KL ${significant(kl, 2)} if only its group were so`}`;
   if (state.by === "bits")
     return { module, strength: share(bits), short: bits === null ? precision : String(bits), says };
   const span = Math.log(most / least) || 1;
