@@ -1,18 +1,25 @@
 """What the bits cost: KL divergence, top-1 agreement and perplexity of fewbits' precisions and of peers, in one run.
 
     PYTHONPATH=build/peers python benchmarks/bench_quality.py BF16_FOLDER [--json FILE] [--only NAME …]
+        [--text topics docstrings FILE …] [--windows N]
 
-The reference is the bf16 folder computed in fp32. One model is in memory at a time. A peer that is not installed is
-skipped with its reason.
+The reference is the bf16 folder computed in fp32. One model is in memory at a time, and is measured on every text. A
+peer that is not installed is skipped with its reason. Rows named by a method are folders that `fewbits convert` writes;
+they are kept under build/quality, and taken from there the next time. The texts: Python's help topics (of which
+calibration reads another part), the docstrings of its standard library, or a file.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import logging
-from collections.abc import Callable
-from dataclasses import asdict
+import sysconfig
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,12 +29,16 @@ import transformers
 from torch import nn
 
 from fewbits.measure.machine import this_machine
-from fewbits.measure.memory import weight_bytes
-from fewbits.measure.quality import Reference
+from fewbits.measure.memory import is_quantized, weight_bytes
+from fewbits.measure.quality import Quality, Reference
 from fewbits.measure.text import text_name, token_windows
 from fewbits.models.load import AutoModelForCausalLM, AutoTokenizer
+from fewbits.quantize.convert import convert
 
 Load = Callable[[Path], nn.Module]
+
+_FOLDERS = Path("build/quality")
+_PER_POSITION = ("kls", "losses", "worst")  # of a Quality: too much for a table
 
 
 def main() -> None:
@@ -36,43 +47,83 @@ def main() -> None:
     parser.add_argument("model", type=Path, help="folder of the model in bf16")
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--windows", type=int, default=8, help="windows of 512 tokens that quality is measured on")
+    parser.add_argument("--text", nargs="+", default=["topics"], help="topics, docstrings, or UTF-8 files")
     parser.add_argument("--only", nargs="+", choices=tuple(MODELS), default=tuple(MODELS))
     options = parser.parse_args()
-    windows = token_windows(AutoTokenizer.from_pretrained(options.model), windows=options.windows)
-    results, skipped = measure(options.model, windows, options.only)
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    texts = dict(windows_of(text, tokenizer, options.windows) for text in options.text)
+    results, skipped = measure(options.model, texts, options.only)
     for name, reason in skipped.items():
         print(f"{name} skipped: {reason}")
     if options.json:
         report = {
             "date": datetime.now(UTC).isoformat(timespec="seconds"), "model": options.model.name,
-            "text": f"{text_name()}, {windows.shape[0]} windows of {windows.shape[1]} tokens",
+            "texts": {name: f"{len(ids)} windows of {ids.shape[1]} tokens" for name, ids in texts.items()},
             "results": results, "skipped": skipped, "machine": this_machine().to_json(),
         }  # fmt: skip
         options.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
+def windows_of(text: str, tokenizer: Any, windows: int) -> tuple[str, torch.Tensor]:
+    """The name of a text, and its windows of tokens."""
+    if text == "topics":
+        return text_name(), token_windows(tokenizer, windows=windows)
+    if text != "docstrings":
+        return text_name(Path(text)), token_windows(tokenizer, Path(text), windows)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "docstrings.txt"
+        file.write_text("\n\n".join(docstrings()), encoding="utf-8")
+        return "docstrings of Python's standard library", token_windows(tokenizer, file, windows)
+
+
+def docstrings() -> Iterator[str]:
+    """What the modules of the standard library say of themselves: prose of several hundred authors."""
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        said = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+        if said and not path.name.startswith("_"):
+            yield said
+
+
 def measure(
-    folder: Path, windows: torch.Tensor, names: list[str]
-) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
-    """Hold every model against the reference, and print each as it comes."""
-    reference = Reference(transformers_model(torch.float32)(folder).eval(), windows)
-    results, skipped = {}, {}
-    print(f"{'':28} KL nats/token     top-1 %  perplexity  MiB of weights")
-    print(f"{'fp32':28} {0:<17} {100:7.1f} {reference.quality.perplexity:11.3f}")
-    for name in names:
-        try:
-            model = MODELS[name](folder).eval()
-        except ImportError as error:
-            skipped[name] = str(error)
-            continue
-        quality, size = reference.measure(model), bytes_of(model)
-        results[name] = asdict(quality) | {"bytes": size}
-        kl = f"{quality.kl:.4f} ±{quality.kl_stderr:.1g}"
-        print(
-            f"{name:28} {kl:17} {100 * quality.top1:7.1f} {quality.perplexity:11.3f} {size / 2**20:15.1f}", flush=True
-        )
-        del model
+    folder: Path, texts: dict[str, torch.Tensor], names: list[str]
+) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """Hold every model against the reference on every text, and print each as it comes."""
+    results: dict[str, dict[str, Any]] = {}
+    skipped: dict[str, str] = {}
+    with ExitStack() as stack:
+        original = transformers_model(torch.float32)(folder).eval()
+        references = {text: stack.enter_context(Reference(original, ids)) for text, ids in texts.items()}
+        del original
+        print(f"{'':28} KL nats/token     top-1 %  perplexity   MiB  bits  text")
+        for text, reference in references.items():
+            show("fp32", reference.quality, None, None, text)
+        for name in names:
+            try:
+                model = MODELS[name](folder).eval()
+            except ImportError as error:
+                skipped[name] = str(error)
+                continue
+            size, bits = bytes_of(model), bits_of(model)
+            results[name] = {"bytes": size, "bits_per_weight": bits, "texts": {}}
+            for text, reference in references.items():
+                quality = reference.measure(model)
+                results[name]["texts"][text] = figures(quality)
+                show(name, quality, size, bits, text)
+            del model
     return results, skipped
+
+
+def figures(quality: Quality) -> dict[str, float]:
+    """The means of a Quality and their errors."""
+    return {field.name: getattr(quality, field.name) for field in fields(quality) if field.name not in _PER_POSITION}
+
+
+def show(name: str, quality: Quality, size: int | None, bits: float | None, text: str) -> None:
+    """A line of the table."""
+    kl = f"{quality.kl:.4f} ±{quality.kl_stderr:.1g}"
+    mib, wide = "" if size is None else f"{size / 2**20:.0f}", "" if bits is None else f"{bits:.2f}"
+    top1 = 100 * quality.top1
+    print(f"{name:28} {kl:17} {top1:7.1f} {quality.perplexity:11.3f} {mib:>5} {wide:>5}  {text}", flush=True)
 
 
 def transformers_model(dtype: torch.dtype, **quantization: Any) -> Load:
@@ -89,6 +140,19 @@ def fewbits_model(precision: str, **options: Any) -> Load:
 
     def load(folder: Path) -> nn.Module:
         return AutoModelForCausalLM.from_pretrained(folder, precision=precision, **options)
+
+    return load
+
+
+def converted(to: str, **how: Any) -> Load:
+    """A folder that `fewbits convert` writes, as fewbits loads it."""
+
+    def load(folder: Path) -> nn.Module:
+        name = "-".join([folder.name, to, *(f"{key}={value}" for key, value in how.items())])
+        if not (_FOLDERS / name / "config.json").exists():
+            _FOLDERS.mkdir(parents=True, exist_ok=True)
+            convert(folder, _FOLDERS / name, to=to, overwrite=True, **how)
+        return AutoModelForCausalLM.from_pretrained(_FOLDERS / name)
 
     return load
 
@@ -123,6 +187,13 @@ MODELS: dict[str, Load] = {
     "fewbits fp8": fewbits_model("fp8"),
     "fewbits int4": fewbits_model("int4"),
     "fewbits nf4": fewbits_model("nf4"),
+    "fewbits mxfp4": fewbits_model("mxfp4"),
+    "int8, a folder": converted("int8"),
+    "int8, gptq, rotated": converted("int8", method="gptq", rotate=True),
+    "int8-weight, gptq": converted("int8-weight", method="gptq"),
+    "fp8, gptq": converted("fp8", method="gptq"),
+    "int4, gptq": converted("int4", method="gptq"),
+    "int4, gptq, rotated": converted("int4", method="gptq", rotate=True),
     "bitsandbytes int8": bitsandbytes(load_in_8bit=True),
     "bitsandbytes nf4": bitsandbytes(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
     "torchao W8A8": torchao_w8a8,
@@ -138,6 +209,13 @@ def bytes_of(model: nn.Module) -> int:
             scales = getattr(getattr(module, "state", None), "SCB", None)
         outside += 0 if scales is None else scales.nbytes
     return weight_bytes(model) + outside
+
+
+def bits_of(model: nn.Module) -> float | None:
+    """Bits per weight of the quantized layers but the output head, scales included; None where they do not say."""
+    head = model.get_output_embeddings()
+    counts = [each.quantized_bits() for each in model.modules() if is_quantized(each) and each is not head]
+    return sum(bits for bits, _ in counts) / sum(weights for _, weights in counts) if counts else None
 
 
 if __name__ == "__main__":

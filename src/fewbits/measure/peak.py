@@ -25,6 +25,7 @@ class PeakMemory:
 
     def __init__(self, device: str = "cpu") -> None:
         self._gpu = device != "cpu"
+        gc.collect()  # modules can hold each other in cycles
         _give_back()
         self._before = torch.cuda.memory_allocated() if self._gpu else resident_bytes()
 
@@ -48,6 +49,5 @@ class PeakMemory:
 
 def _give_back() -> None:
     """Let the system have what is freed already: it would be counted as held, or hide growth."""
-    gc.collect()  # modules can hold each other in cycles
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
