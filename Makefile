@@ -13,7 +13,7 @@ LLAMA  := build/llama-1.2b
 GENERATE := PYTHONPATH=build/peers:build/llama $(BIN)/python benchmarks/bench_generate.py
 SOURCES := $(shell find src csrc -name '*.py' -o -name '*.cpp' -o -name '*.hpp')
 
-.PHONY: help demo test lint lint-page browser format bench bench-peers interop certify clean
+.PHONY: help demo test lint lint-page docs browser format bench bench-peers interop certify clean
 .DELETE_ON_ERROR:
 
 help:
@@ -36,6 +36,11 @@ lint: .venv/dev lint-page
 lint-page:
 	@if command -v npm > /dev/null; then $(MAKE) --no-print-directory node_modules/made && npm run --silent lint; \
 	else echo 'lint-page: npm is not installed, so the JavaScript of the pages is not checked'; fi
+
+# make docs   the documentation as a site in build/docs, from docs/ and docstrings; a warning is an error
+docs: .venv/dev
+	@mkdir -p build
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir build/docs > build/docs.log 2>&1 || { cat build/docs.log; exit 1; }
 
 # make browser  install Chromium for the tests of the page, where apt-get may
 browser:
@@ -99,7 +104,7 @@ clean:
 	@touch $@
 
 .venv/dev: .venv/built
-	$(PIP) --group test --group lint
+	$(PIP) --group test --group lint --group docs
 	@touch $@
 
 # What checks the page's JavaScript, by its lock file.
