@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from fewbits.kernels import ops
+from fewbits.models.allocation import empty_pages
 
 _LEAST_ROOM = 256  # tokens: what most answers need at least
 
@@ -68,7 +69,8 @@ class Held:
                 continue
             held = old[:, :, self.start : self.end]
             held = held if texts is None else held.index_select(0, texts.to(old.device))
-            new = old.new_empty(held.shape[0], old.shape[1], capacity, *old.shape[3:])
+            # so that the room takes no memory before it is written
+            new = empty_pages((held.shape[0], old.shape[1], capacity, *old.shape[3:]), old)
             new[:, :, : self.end - self.start] = held
             tensors.append(new)
         return Held(tensors[0], 0, self.end - self.start, *tensors[1:])
