@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
 from typing import Any
 
 from fewbits.formats import Format, Overflow, Rounding, ScaleRule, names
 from fewbits.formats.dialects import DIALECTS
+from fewbits.formats.precisions import STORED_PRECISIONS, StoredPrecision
+from fewbits.measure.plan_bytes import CacheLayer, Matrix, Size, bits_per_weight, cache_bytes, weight_bytes
+from fewbits.measure.plan_training import TRAININGS
 
 
 def page_data() -> dict[str, Any]:
@@ -24,9 +27,9 @@ def page_data() -> dict[str, Any]:
         "overflows": [str(overflow) for overflow in Overflow],
         "scale_rules": {name: _scale_rules(name) for name in names() if Format.named(name).block is not None},
         "groups": [asdict(group) for group in GROUPS],
-        "precisions": [asdict(precision) for precision in STORED],
-        "trainings": [asdict(training) for training in TRAININGS],
-        "models": [asdict(model) | {"parameters": model.parameters} for model in MODELS],
+        "precisions": [{"name": stored.name} for stored in STORED_PRECISIONS],
+        "trainings": [{"name": training.name, "parts": training.parts} for training in TRAININGS],
+        "models": [_model(model) for model in MODELS],
         "gradients": json.loads(files("fewbits.report").joinpath("page/gradients.json").read_text()),
     }
 
@@ -70,59 +73,6 @@ GROUPS = (Group("int8", 32, "bf16", 127, -127), Group("int4", 32, "bf16", 7.5, -
 
 
 @dataclass(frozen=True)
-class Stored:
-    """What a precision stores for a weight.
-
-    Attributes:
-        name: as in `fewbits convert --to`.
-        weights: the format of the codes.
-        group_size: weights that share a 16-bit scale; None: a whole output channel, which is next to nothing.
-        cast: whether the embedding and the output head take the format too, or stay in 16 bits.
-    """
-
-    name: str
-    weights: str
-    group_size: int | None
-    cast: bool
-
-
-STORED = (
-    Stored("fp32", "fp32", None, True),
-    Stored("bf16", "bf16", None, True),
-    Stored("fp16", "fp16", None, True),
-    Stored("int8", "int8", None, False),
-    Stored("int8-weight", "int8", 128, False),
-    Stored("fp8", "e4m3fn", None, False),
-    Stored("int4", "int4", 128, False),
-    Stored("nf4", "nf4", 64, False),
-)
-
-
-@dataclass(frozen=True)
-class Training:
-    """Bytes of training for each parameter, without activations: what is stored, and how many bytes it takes."""
-
-    name: str
-    parts: tuple[tuple[str, float], ...]
-
-
-_ADAM = ("two moments, fp32", 8.0)
-TRAININGS = (
-    Training("fp32", (("weights, fp32", 4), ("gradients, fp32", 4), _ADAM)),
-    Training("fp16 or bf16", (("weights, fp32", 4), ("16-bit copy", 2), ("gradients, fp32", 4), _ADAM)),
-    Training("fp8", (("weights, fp32", 4), ("8-bit copy", 1), ("gradients, fp32", 4), _ADAM)),
-    Training(
-        "bf16, split weights, bf16 moments",
-        (("weights, bf16", 2), ("their 16 low bits", 2), ("gradients, bf16", 2), ("two moments, bf16", 4)),
-    ),
-    Training(
-        "bf16, stochastic weights, 8-bit moments",
-        (("weights, bf16", 2), ("gradients, bf16", 2), ("two moments, 8 bits and a scale per 256", 2 + 2 * 4 / 256)),
-    ),
-)
-
-
-@dataclass(frozen=True)
 class Shape:
     """The shape of a dense decoder; its parameters follow from it, without biases."""
 
@@ -137,16 +87,47 @@ class Shape:
     tied: bool
 
     @property
-    def embedding(self) -> int:
-        """Parameters of the embedding and, where it is not the same, the output head."""
-        return self.vocabulary * self.hidden * (1 if self.tied else 2)
+    def size(self) -> Size:
+        """Its weights by kind: attention, gated MLP and two norms in each layer, the embedding, the head, a norm."""
+        H, F, layers = self.hidden, self.intermediate, self.layers
+        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        matrices = ((queries, H, 1), (keys, H, 2), (H, queries, 1), (F, H, 2), (H, F, 1))
+        norms = (2 * layers + 1) * H
+        return Size(
+            layers=tuple(Matrix(N, K, layers * count, layers * count) for N, K, count in matrices),
+            head=Matrix(self.vocabulary, H),
+            tied=self.tied,
+            table=self.vocabulary * H,
+            rest=norms,
+            rest_read=norms,
+        )
 
     @property
-    def parameters(self) -> int:
-        """All parameters: the embedding, for each layer attention, gated MLP and two norms, and the last norm."""
-        attention = 2 * self.hidden * self.head_dim * (self.heads + self.kv_heads)
-        layer = attention + 3 * self.hidden * self.intermediate + 2 * self.hidden
-        return self.embedding + self.layers * layer + self.hidden
+    def cache(self) -> CacheLayer:
+        """Its keys and values."""
+        keys = self.kv_heads * self.head_dim
+        return CacheLayer(keys, keys, self.kv_heads, None, self.layers)
+
+    def fit(self, stored: StoredPrecision) -> StoredPrecision:
+        """The precision with the largest group size that all layers allow, as `fewbits.models` fits it."""
+        if stored.group_size is None:
+            return stored
+        sizes = [size for size in (stored.group_size, 64, 32) if size <= stored.group_size]
+        whole = (size for size in sizes if not any(matrix.K % size for matrix in self.size.layers))
+        return replace(stored, group_size=next(whole, sizes[-1]))
+
+
+def _model(shape: Shape) -> dict[str, Any]:
+    """What the page needs of a model: the numbers of `fewbits plan`, in bytes, by precision."""
+    fitted = [shape.fit(stored) for stored in STORED_PRECISIONS]
+    return {
+        "name": shape.name,
+        "parameters": shape.size.parameters,
+        "bits": {stored.name: bits_per_weight(shape.size, stored) for stored in fitted},
+        "weights": {stored.name: weight_bytes(shape.size, stored) for stored in fitted},
+        "cache": {stored.name: cache_bytes([shape.cache], 1, stored) for stored in fitted},
+        "cache_int8": cache_bytes([shape.cache], 1, fitted[0], int8=True),
+    }
 
 
 MODELS = (

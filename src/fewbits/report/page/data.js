@@ -7,9 +7,9 @@ import { Format } from "./format.js";
 /** @typedef {import("./format.js").Row} Row */
 /** @typedef {{ name: string, what: string, seen: string, overflow: "saturate" | "ieee", formats: Record<string, "saturate" | "ieee">, notes: Record<string, string> }} Dialect */
 /** @typedef {{ name: string, size: number, scale: string, divisor: number, lowest: number }} Group */
-/** @typedef {{ name: string, weights: string, group_size: number | null, cast: boolean }} Stored */
+/** @typedef {{ name: string }} Stored */
 /** @typedef {{ name: string, parts: [string, number][] }} Training */
-/** @typedef {{ name: string, layers: number, hidden: number, kv_heads: number, head_dim: number, vocabulary: number, tied: boolean, parameters: number }} Shape */
+/** @typedef {{ name: string, parameters: number, bits: Record<string, number>, weights: Record<string, number>, cache: Record<string, number>, cache_int8: number }} Model */
 /** @typedef {{ name: string, kind: string, exponents: Record<string, number>, zeros: number, largest?: number }} Histogram */
 /** @typedef {{ what?: string, modules: Histogram[] }} Gradients */
 /**
@@ -22,7 +22,7 @@ import { Format } from "./format.js";
  * @property {Group[]} groups
  * @property {Stored[]} precisions
  * @property {Training[]} trainings
- * @property {Shape[]} models
+ * @property {Model[]} models
  * @property {Gradients} gradients
  */
 

@@ -1,31 +1,19 @@
-// How many bytes a model takes: weights, the cache of keys and values, and training.
+// How many bytes a model takes: the numbers of `fewbits plan`, which are in the data, for so many tokens.
 
-/** @typedef {import("./data.js").Stored} Stored */
-/** @typedef {import("./format.js").Format} Format */
+/** @typedef {import("./data.js").Model} Model */
 
 /**
- * @typedef {object} Size
- * @property {number} parameters
- * @property {number} embedding of them, those of the embedding and the output head
- * @property {number} layers
- * @property {number} kvWidth key heads times their width
+ * Bytes of the weights, of a model that is so many times as large.
+ * @param {Model} model @param {string} precision @param {number} times
  */
-
-const SCALE_BITS = 16;
-
-/** Bits that each quantized weight takes, its share of the scale included. @param {Stored} stored @param {Format} weights */
-export function bitsPerWeight(stored, weights) {
-  return weights.bits + (stored.group_size === null ? 0 : SCALE_BITS / stored.group_size);
+export function weightBytes(model, precision, times) {
+  return model.weights[precision] * times;
 }
 
-/** Bytes of the weights. @param {Size} size @param {Stored} stored @param {Format} weights */
-export function weightBytes(size, stored, weights) {
-  const bits = bitsPerWeight(stored, weights);
-  if (stored.cast) return (size.parameters * bits) / 8;
-  return ((size.parameters - size.embedding) * bits) / 8 + (size.embedding * 16) / 8;
-}
-
-/** Bytes of keys and values. @param {Size} size @param {number} tokens in all sequences @param {number} bits of each value */
-export function cacheBytes(size, tokens, bits) {
-  return (2 * size.layers * size.kvWidth * tokens * bits) / 8;
+/**
+ * Bytes of keys and values of so many tokens in all texts.
+ * @param {Model} model @param {string} precision @param {boolean} int8 whether they are kept in int8 @param {number} tokens
+ */
+export function cacheBytes(model, precision, int8, tokens) {
+  return (int8 ? model.cache_int8 : model.cache[precision]) * tokens;
 }

@@ -1,20 +1,22 @@
 // 5. What fits: a bar for each precision against the memory that there is.
 
 import { byId, h, select, slider } from "../page_base/dom.js";
-import { data, named } from "./data.js";
-import { bitsPerWeight, cacheBytes, weightBytes } from "./memory.js";
+import { data } from "./data.js";
+import { cacheBytes, weightBytes } from "./memory.js";
 
 const GIB = 2 ** 30;
 const MEMORIES = [4, 6, 8, 10, 12, 16, 24, 32, 40, 48, 64, 80, 96, 141, 192, 288, 640, 1128];
 
-const state = { ...shape(3), memory: 6, context: 13, batch: 0, cache: "bf16" };
+const FIRST = 3;
 
-/** @param {number} index of the model */
-function shape(index) {
-  const model = data.models[index];
-  const embedding = model.vocabulary * model.hidden * (model.tied ? 1 : 2);
-  return { parameters: model.parameters, embedding, layers: model.layers, kvWidth: model.kv_heads * model.head_dim };
-}
+const state = {
+  model: data.models[FIRST],
+  parameters: data.models[FIRST].parameters,
+  memory: 6,
+  context: 13,
+  batch: 0,
+  cache: "computed",
+};
 
 /** Build the controls and the bars. */
 export function start() {
@@ -28,15 +30,15 @@ export function start() {
   billions.value = (state.parameters / 1e9).toFixed(2);
   billions.addEventListener("input", () => {
     if (!(billions.valueAsNumber > 0)) return;
-    const parameters = billions.valueAsNumber * 1e9;
-    Object.assign(state, { parameters, embedding: Math.min(state.embedding, parameters) });
+    state.parameters = billions.valueAsNumber * 1e9;
     draw();
   });
   const models = data.models.map((model, index) => /** @type {[string, string]} */ ([String(index), model.name]));
   const tokens = (/** @type {number} */ power) => (2 ** power).toLocaleString("en");
   byId("memory-controls").append(
-    select("Model", models, "3", (value) => {
-      Object.assign(state, shape(Number(value)));
+    select("Model", models, String(FIRST), (value) => {
+      state.model = data.models[Number(value)];
+      state.parameters = state.model.parameters;
       billions.value = (state.parameters / 1e9).toFixed(2);
       draw();
     }),
@@ -66,9 +68,8 @@ export function start() {
     select(
       "Keys and values in",
       [
-        ["bf16", "16 bits"],
-        ["e4m3fn", "8 bits"],
-        ["int4", "4 bits"],
+        ["computed", "the dtype of the layers"],
+        ["int8", "int8, with scales"],
       ],
       state.cache,
       (value) => {
@@ -81,25 +82,25 @@ export function start() {
 }
 
 function draw() {
-  const cache = cacheBytes(state, 2 ** (state.context + state.batch), named(state.cache).bits);
-  const running = data.precisions.map((stored) => {
-    const weights = named(stored.weights);
-    const note = `${Number(bitsPerWeight(stored, weights).toFixed(3))} bits per weight`;
-    return {
-      name: stored.name,
-      note,
-      parts: /** @type {[string, number][]} */ ([
-        ["weights", weightBytes(state, stored, weights)],
-        ["keys and values", cache],
-      ]),
-    };
-  });
+  const { model } = state;
+  const tokens = 2 ** (state.context + state.batch);
+  const times = state.parameters / model.parameters;
+  const running = data.precisions.map(({ name }) => ({
+    name,
+    note: `${Number(model.bits[name].toFixed(3))} bits per weight`,
+    parts: /** @type {[string, number][]} */ ([
+      ["weights", weightBytes(model, name, times)],
+      ["keys and values", cacheBytes(model, name, state.cache === "int8", tokens)],
+    ]),
+  }));
   const training = data.trainings.map(({ name, parts }) => {
     const each = parts.reduce((sum, [, bytes]) => sum + bytes, 0);
     return {
       name,
       note: `${Number(each.toFixed(2))} bytes per parameter`,
-      parts: parts.map(([what, bytes]) => /** @type {[string, number]} */ ([what, bytes * state.parameters])),
+      parts: parts
+        .filter(([, bytes]) => bytes > 0)
+        .map(([what, bytes]) => /** @type {[string, number]} */ ([what, bytes * state.parameters])),
     };
   });
   byId("memory-running").replaceChildren(...bars(running));
