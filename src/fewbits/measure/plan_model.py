@@ -68,7 +68,7 @@ class Outline:
     @cached_property
     def layers(self) -> int:
         """Layers that a written token passes."""
-        return int(getattr(_decoder(self.model.config), "num_hidden_layers", 1))
+        return _depth(self.model.config)
 
     @cached_property
     def writes(self) -> bool:
@@ -244,11 +244,17 @@ def _decoder(config: transformers.PreTrainedConfig) -> Any:
     return config.get_text_config(decoder=True)
 
 
+def _depth(config: transformers.PreTrainedConfig) -> int:
+    """Layers of what writes; T5 and its kin say so under a name of their own."""
+    text = _decoder(config)
+    return int(getattr(text, "num_decoder_layers", None) or getattr(text, "num_hidden_layers", None) or 1)
+
+
 def _cache_layers(config: transformers.PreTrainedConfig) -> tuple[CacheLayer, ...]:
     """Keys and values by layer, layers that are alike together."""
     text = _decoder(config)
     keys, values, heads = _widths(text)
-    windows = _windows(config, int(text.num_hidden_layers))
+    windows = _windows(config, _depth(config))
     layers = [CacheLayer(keys, values, heads, window, count) for window, count in Counter(windows).items()]
     if config.is_encoder_decoder:  # and those of the input, which every layer looks at
         layers.append(CacheLayer(keys, values, heads, None, len(windows)))
@@ -259,9 +265,8 @@ def _widths(text: Any) -> tuple[int, int, int]:
     """Numbers of a token's keys and of its values in a layer, and their heads."""
     heads = int(text.num_attention_heads)
     D = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
-    if getattr(text, "kv_lora_rank", None) and getattr(text, "qk_nope_head_dim", None):
-        # multi-head latent attention: transformers keeps keys and values of every head, not the latent ones
-        return heads * (text.qk_nope_head_dim + text.qk_rope_head_dim), heads * text.v_head_dim, heads
+    if getattr(text, "kv_lora_rank", None) and getattr(text, "qk_rope_head_dim", None):
+        return int(text.kv_lora_rank), int(text.qk_rope_head_dim), 1  # latent attention keeps what all heads share
     groups = getattr(text, "num_key_value_heads", None) or getattr(text, "num_kv_heads", None) or heads
     if getattr(text, "multi_query", False) and not getattr(text, "new_decoder_architecture", False):
         groups = 1
@@ -280,4 +285,4 @@ def _windows(config: transformers.PreTrainedConfig, count: int) -> Sequence[int 
             found.append(int(layer.sliding_window) - 1)  # the token that is written sees itself too
         elif isinstance(layer, DynamicLayer):
             found.append(None)
-    return found if layers else [None] * count
+    return found if layers and not config.is_encoder_decoder else [None] * count

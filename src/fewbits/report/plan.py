@@ -94,11 +94,10 @@ def _caption(plan: Plan) -> str:
     limit = "" if plan.context_limit is None else f" The model sees {plan.context_limit:,} tokens at most."
     return (
         f"Memory: {memories}.{limit}\n"
-        "Most tokens: the longest context that fits. "
-        "Weights and cache (keys and values) are counted; activations (of the whole context read at once) and tokens/s are estimates. "
-        "Python and its libraries take some 0.4 GiB more.\n"
-        f"Loss of accuracy: KL to fp32 up to {NEGLIGIBLE} nats/token is called negligible, up to {SLIGHT} "
-        f"slight, beyond visible; as measured on {SOURCE}. Larger models lose less."
+        "Most tokens: the longest context that fits. Weights and cache (keys and values) are counted; activations (of "
+        "the whole context read at once) and tokens/s are estimates. Python and its libraries take some 0.4 GiB more.\n"
+        f"Loss of accuracy: KL to fp32 up to {NEGLIGIBLE} nats/token is called negligible, up to {SLIGHT} slight, "
+        f"beyond visible; as measured on {SOURCE}. Larger models lose less."
     )
 
 
