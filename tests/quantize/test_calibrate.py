@@ -78,7 +78,7 @@ def test_nothing_that_is_measured_is_calibrated_on(tiny: Path) -> None:
     [
         ("int4", {"method": "best"}, "method 'best' is unknown; known: absmax, mse, gptq"),
         ("bf16", {"method": "gptq"}, "method='gptq': a cast to bf16 has no scales to find"),
-        ("int4", {"method": "mse", "calibrate": "text"}, "calibrate: mse reads no text, gptq does"),
+        ("int4", {"method": "mse", "calibrate": "text"}, "calibrate: mse reads no text, gptq and smoothquant do"),
         ("int4", {"method": "gptq", "layout": "gguf"}, "method: GGUF types have one way to find their codes"),
         ("int4", {"calibrate": "gone.txt"}, "text file .*gone.txt does not exist"),
         ("int4", {"calibrate": "short"}, "calibrate: .*short.txt has [0-9]+ tokens, and one window has 128"),

@@ -140,5 +140,32 @@ def test_bad_names(tiny: Path, tmp_path: Path) -> None:
     }.items():
         with pytest.raises(FewbitsError, match=message):
             fewbits.convert(tiny, tmp_path / "out", "int8", method=method)
+    with pytest.raises(FewbitsError, match="method='quarot': fp8 loses by rotation"):
+        fewbits.convert(tiny, tmp_path / "out", "fp8", method="quarot")
     with pytest.raises(FewbitsError, match="method='quarot': a cast to bf16 has no scales to find"):
         fewbits.convert(tiny, tmp_path / "out", "bf16", method="quarot")
+
+
+def test_what_is_folded_is_not_rotated_again_and_the_rest_is(tmp_path: Path) -> None:
+    write_folder(tmp_path / "plain", dtype=torch.float32)
+    folder = fewbits.convert(tmp_path / "plain", tmp_path / "out", method="quarot").path
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert config["quant_method"] == "compressed-tensors"
+    loaded = fewbits.AutoModelForCausalLM.from_pretrained(folder)
+    layer = loaded.model.layers[0]
+    assert layer.mlp.down_proj.rotation == 32
+    assert not any(each.rotation for each in (*layer.self_attn.children(), layer.mlp.up_proj, loaded.lm_head))
+    plain = fewbits.AutoModelForCausalLM.from_pretrained(folder, rotate=False)
+    assert not plain.model.layers[0].mlp.down_proj.rotation
+    for name, model in {"rotated": loaded, "plain": plain}.items():
+        model.save_pretrained(tmp_path / name)
+        options = {} if name == "rotated" else {"rotate": False}
+        again = fewbits.AutoModelForCausalLM.from_pretrained(tmp_path / name, **options)
+        assert torch.equal(logits(again), logits(model))
+
+
+def test_plain_codes_are_taken_over_whatever_they_are_given(tmp_path: Path) -> None:
+    write_folder(tmp_path / "plain", dtype=torch.float32)
+    folder = fewbits.convert(tmp_path / "plain", tmp_path / "out", method="quarot").path
+    again = fewbits.convert(folder, tmp_path / "bnb", layout="bitsandbytes")
+    assert again.rounding == "codes and scales of int8 are taken over as they are"

@@ -28,6 +28,7 @@ class Precision:
         cast: Whether every tensor takes the format by a cast, with no scales.
         summary: What it is, for a listing.
         rotated: Whether layers rotate what they are given, and their weights with it (``kernels.rotation``).
+        given_rotated: Whether what layers are given is rotated already, by the weights before them.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Precision:
     cast: bool
     summary: str
     rotated: bool = False
+    given_rotated: bool = False
 
     @property
     def stored_activations(self) -> Format | None:
@@ -51,11 +53,13 @@ class Precision:
     @property
     def gains_by_rotation(self) -> bool:
         """Whether outliers in activations cost more than anything else: so it is with integers, not with floats."""
-        return self.activations is not None and self.activations.name == "int8"
+        return self.activations is not None and self.activations.name == "int8" and not self.given_rotated
 
     def stores_as(self, other: Precision) -> bool:
         """Whether weights are the same codes and scales in another precision."""
-        mine, theirs = (replace(one, activations=None, name="", summary="") for one in (self, other))
+        mine, theirs = (
+            replace(one, activations=None, name="", summary="", given_rotated=False) for one in (self, other)
+        )
         return mine == theirs
 
     def rotation(self, K: int) -> int:

@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fewbits.errors import FewbitsError
 from fewbits.models.filling import Progress
+from fewbits.models.layouts import compressed_tensors
 from fewbits.models.manifest import ManifestRow
 from fewbits.models.naming import Place
 from fewbits.models.precision import Precision, cast_weight
@@ -32,6 +33,7 @@ from fewbits.models.safetensors_writer import SafetensorsWriter
 from fewbits.models.source import Source
 from fewbits.quantize.calibrate import Calibration
 from fewbits.quantize.candidates import Candidates
+from fewbits.quantize.folding import FoldedSource
 from fewbits.quantize.least_error import least_error
 from fewbits.tensors.cast_report import CastReport, cast_and_report
 from fewbits.tensors.quantized import QuantizedTensor, quantize_weight
@@ -90,6 +92,10 @@ class FolderJob:
                 config.quantization_config = self.layout.mixed_config(layers, ignore)
             else:
                 config.quantization_config = self.layout.quantization_config(next(iter(layers)), ignore)
+            if isinstance(self.source, FoldedSource) and self.layout is compressed_tensors:
+                config.quantization_config = compressed_tensors.with_folded(
+                    config.quantization_config, self.source.rotated
+                )
         config.save_pretrained(folder)
         generation_config = self.source.generation_config()
         if generation_config is not None:

@@ -45,12 +45,14 @@ class Folds:
         copies: Tensors that the source does not have, and those that they are made of.
         reasons: What a manifest says of a tensor beside the usual.
         config: Fields of the configuration that become others.
+        rotated: The layers that are given rotated activations then, as targets of compressed-tensors.
     """
 
     changes: Mapping[str, Change]
     copies: Mapping[str, str] = field(default_factory=dict)
     reasons: Mapping[str, str] = field(default_factory=dict)
     config: Mapping[str, object] = field(default_factory=dict)
+    rotated: tuple[str, ...] = ()
 
 
 class FoldedSource:
@@ -58,13 +60,15 @@ class FoldedSource:
 
     Attributes:
         folds: What is done to them.
-        reasons: What a manifest says of a tensor beside the usual, for the folds below these too.
+        rotated: The layers that are given rotated activations; this and ``reasons`` count the folds below these too.
+        reasons: What a manifest says of a tensor beside the usual.
     """
 
     def __init__(self, raw: Source, folds: Folds) -> None:
         self.path: Path = raw.path
         self.size: int = raw.size
         self.folds = folds
+        self.rotated: tuple[str, ...] = (*getattr(raw, "rotated", ()), *folds.rotated)
         self.reasons: dict[str, str] = {**getattr(raw, "reasons", {}), **folds.reasons}
         self._raw = raw
         self._last: tuple[str, Tensor] | None = None

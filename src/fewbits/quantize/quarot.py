@@ -59,6 +59,7 @@ _FAMILIES = {
     "glm": _Family(mlp=("mlp.gate_up_proj",)),
     "gemma": _Family(one=1.0),
 }
+_ROTATED = r"re:.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|gate_up_proj)$"
 _ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _WRITERS = ("self_attn.o_proj", "mlp.down_proj")
 
@@ -138,10 +139,10 @@ class _Folding:
         name = "lm_head.weight" if tied else self._stored[head]
         self._changes[name] = together(self._with_gain("model.norm"), self._of_stream)
         if not tied:
-            return Folds(self._changes)
+            return Folds(self._changes, rotated=(_ROTATED,))
         reason = f"a tensor of its own, as {NAME} unties it from the embedding"
         copies = {name: self._stored["model.embed_tokens.weight"]}
-        return Folds(self._changes, copies, {name: reason}, {"tie_word_embeddings": False})
+        return Folds(self._changes, copies, {name: reason}, {"tie_word_embeddings": False}, (_ROTATED,))
 
     def _fold_layer(self, path: str) -> None:
         for norm, readers in (("input_layernorm", _ATTENTION), ("post_attention_layernorm", self._family.mlp)):

@@ -24,6 +24,7 @@ from fewbits.models.stored_dtype import nominal_dtype
 from fewbits.models.text import read_text
 from fewbits.quantize.calibrate import WINDOW_TOKENS, Calibration, calibration_windows
 from fewbits.quantize.candidates import Candidates
+from fewbits.quantize.contract import allowed_precisions
 from fewbits.quantize.conversion import Conversion, told_rounding
 from fewbits.quantize.folder_job import FolderJob
 from fewbits.quantize.folding import FoldedSource
@@ -71,6 +72,20 @@ class FolderConversion:
             _check_method(each, self.method, self.calibrate)
             _check_options(each, self.layout, self.keep, self.overflow)
         _check_rotation(str(to), found.values(), self.layout, self.rotate)
+        return found
+
+    def allowed(self, to: str | Mapping[str, str] | Recipe | None) -> list[Precision]:
+        """The precisions that a search chooses from, groups not fitted.
+
+        Raises:
+            FewbitsError: If one is unknown, or something else that is asked for does not go with it.
+        """
+        if to is not None and not isinstance(to, str):
+            raise FewbitsError("to: a contract searches the precisions of layers itself; give names, such as int8,int4")
+        found = allowed_precisions(to, FOLDER_LAYOUTS[self.layout].WRITES)
+        for each in found:
+            _check_options(each, self.layout, self.keep, self.overflow)
+        _check_rotation(", ".join(each.name for each in found), found, self.layout, self.rotate)
         return found
 
     def write(
@@ -178,8 +193,14 @@ def _check_options(precision: Precision, layout: str, keep: Sequence[str], overf
 def _check_method(precision: Precision, method: Method, calibrate: object) -> None:
     if precision.cast and method != Method():
         raise FewbitsError(f"method={method.name!r}: a cast to {precision.name} has no scales to find; leave it out")
+    if "quarot" in method.folds and precision.name == "fp8":  # 0.058 nats instead of 0.029 on SmolLM2-135M
+        raise FewbitsError(
+            "method='quarot': fp8 loses by rotation, as its steps grow with the numbers; use smoothquant"
+        )
     if calibrate is not None and not method.reads_text:
-        raise FewbitsError(f"calibrate: {method.name} reads no text, gptq does; leave --calibrate or --method out")
+        raise FewbitsError(
+            f"calibrate: {method.name} reads no text, gptq and smoothquant do; leave --calibrate or --method out"
+        )
 
 
 def _told(row: ManifestRow, reasons: Mapping[str, str]) -> ManifestRow:

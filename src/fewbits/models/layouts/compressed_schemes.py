@@ -24,6 +24,10 @@ FORMATS = (
 ROTATION = {"matrix": "hadamard", "largest_block": MOST_BLOCK}
 """What a configuration says of rotated weights: layers of K input features rotate blocks of ``block_of(K)``."""
 
+FOLDED = "folded"
+"""The key under ``rotation`` for the targets that are given rotated activations, by the weights before them. Their own
+weights are plain, so that readers that do not know the key compute the same."""
+
 _STRATEGIES = ("channel", "group", "tensor", "block")
 _REGEX = "re:"
 _MX_GROUP = 32
@@ -42,6 +46,7 @@ class Scheme:
         symmetric: Whether there are no zero points.
         activations: The format that activations are quantized to, a scale per token; None: they are not, or otherwise.
         rotated: Whether the weights are rotated, if they are of a precision that gains by it.
+        given_rotated: Whether activations come rotated, by the weights before.
     """
 
     bits: int
@@ -52,6 +57,7 @@ class Scheme:
     symmetric: bool
     activations: str | None
     rotated: bool = False
+    given_rotated: bool = False
 
     @property
     def is_mxfp4(self) -> bool:
@@ -64,21 +70,26 @@ class Scheme:
         if not self.symmetric or self.strategy == "block":
             return None
         if self.is_mxfp4:
-            known: Precision | None = PRECISIONS["mxfp4"]
+            known = PRECISIONS["mxfp4"]
         elif self.type == "float":
-            known = PRECISIONS["fp8"] if self.strategy != "group" and self.activations == "e4m3fn" else None
+            if self.strategy == "group" or self.activations != "e4m3fn":
+                return None
+            known = PRECISIONS["fp8"]
         elif self.bits == 8 and self.strategy != "group" and self.activations == "int8":
             known = PRECISIONS["int8"]
         else:
             known = replace(PRECISIONS["int8-weight" if self.bits == 8 else "int4"], group_size=self.group_size)
-        return replace(known, rotated=True) if known and self.rotated and known.gains_by_rotation else known
+        known = replace(known, given_rotated=True) if self.given_rotated else known
+        return replace(known, rotated=True) if self.rotated and known.gains_by_rotation else known
 
 
 class Schemes:
     """The schemes of a checkpoint, and which layers they are for."""
 
-    def __init__(self, groups: Sequence[tuple[Sequence[str], Scheme]], path: object) -> None:
-        self._groups, self._path = groups, path
+    def __init__(
+        self, groups: Sequence[tuple[Sequence[str], Scheme]], path: object, folded: Sequence[str] = ()
+    ) -> None:
+        self._groups, self._path, self._folded = groups, path, folded
 
     def of(self, module: str) -> Scheme:
         """The scheme of a layer whose stored tensors say that it is quantized.
@@ -86,6 +97,10 @@ class Schemes:
         Raises:
             FewbitsError: If no target is for it, and the schemes differ.
         """
+        scheme = self._of_group(module)
+        return replace(scheme, given_rotated=True) if any(_names(each, module) for each in self._folded) else scheme
+
+    def _of_group(self, module: str) -> Scheme:
         if len({scheme for _, scheme in self._groups}) == 1:
             return self._groups[0][1]
         for targets, scheme in self._groups:  # names go before classes, as in the package
@@ -115,11 +130,13 @@ def schemes_of(config: dict[str, Any], path: object) -> Schemes:
         raise _refused(path, named, "kv_cache_scheme: a quantized cache is not read")
     if (config.get("transform_config") or {}).get("config_groups"):
         raise _refused(path, named, "transform_config: transformed weights are not read")
-    rotation = config.get("rotation")
-    if rotation not in (None, ROTATION):
+    rotation = config.get("rotation") or {}
+    known = {key: value for key, value in rotation.items() if key != FOLDED} if isinstance(rotation, dict) else rotation
+    if known not in ({}, ROTATION):
         raise _refused(path, named, f"rotation: {rotation!r} is not {ROTATION!r}")
     schemes = [_group(key, group, named, path) for key, group in groups.items()]
-    return Schemes([(targets, replace(scheme, rotated=rotation is not None)) for targets, scheme in schemes], path)
+    rotated = [(targets, replace(scheme, rotated=bool(known))) for targets, scheme in schemes]
+    return Schemes(rotated, path, _strings(rotation.get(FOLDED)))
 
 
 def _group(key: str, group: Any, named: str, path: object) -> tuple[list[str], Scheme]:
@@ -145,8 +162,7 @@ def _group(key: str, group: Any, named: str, path: object) -> tuple[list[str], S
         raise _refused(path, named, f"{key}.weights: block_structure {weights.get('block_structure')!r} is no size")
     if weights.get("actorder") in ("group", True):
         raise _refused(path, named, f"{key}.weights: actorder 'group' reorders input features")
-    targets = group.get("targets")
-    return [target for target in targets if isinstance(target, str)] if isinstance(targets, list) else [], scheme
+    return _strings(group.get("targets")), scheme
 
 
 def _scheme(weights: dict[str, Any], inputs: dict[str, Any] | None) -> Scheme:
@@ -168,6 +184,10 @@ def _scheme(weights: dict[str, Any], inputs: dict[str, Any] | None) -> Scheme:
         symmetric=weights.get("symmetric", True) is True,
         activations=activations,
     )
+
+
+def _strings(values: object) -> list[str]:
+    return [value for value in values if isinstance(value, str)] if isinstance(values, list) else []
 
 
 def _is_positive(value: object) -> bool:

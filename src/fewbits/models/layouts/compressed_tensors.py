@@ -17,7 +17,9 @@ have one more dimension in front and no ``.weight`` in their names; other reader
 Layers may have several of these precisions (``mixed-precision``): then each group names its layers, and its format,
 without which vLLM would leave activations as they are.
 
-Rotated weights (``kernels.rotation``) are stored alike, under a ``quant_method`` of their own.
+Rotated weights (``kernels.rotation``) are stored alike, under a ``quant_method`` of their own. Where rotations are
+folded into neighbouring weights, all readers compute the same; ``rotation.folded`` names the layers, so that fewbits
+does not rotate again what these are given.
 
 Source: the compressed-tensors package, ``compressed_tensors/quantization/`` and ``compressed_tensors/compressors/``.
 """
@@ -30,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewbits.models.layouts.compressed_schemes import ROTATION, schemes_of
+from fewbits.models.layouts.compressed_schemes import FOLDED, ROTATION, schemes_of
 from fewbits.models.layouts.compressed_weight import CODES, PACKED, SCALE, SHAPE, ZERO_POINT, stored_weight
 from fewbits.models.layouts.exponents import exponents_of
 from fewbits.models.layouts.packed_words import pack_words, words_in
@@ -78,7 +80,18 @@ def mixed_config(layers: Mapping[Precision, Sequence[str]], ignore: Sequence[str
         ignore: Names of the linear layers that are not quantized.
     """
     groups = [_group(precision, names) | {"format": _FORMATS[precision.name]} for precision, names in layers.items()]
-    return _config(_MIXED, groups, ignore, rotated=any(precision.rotated for precision in layers))
+    config = _config(_MIXED, groups, ignore, rotated=any(precision.rotated for precision in layers))
+    return with_folded(config, [name for each, names in layers.items() if each.given_rotated for name in names])
+
+
+def with_folded(config: dict[str, Any], targets: Sequence[str]) -> dict[str, Any]:
+    """The same for layers of which some are given what the weights before them have rotated.
+
+    Args:
+        config: What ``quantization_config`` or ``mixed_config`` returned.
+        targets: Their names, or expressions that match them; empty: there are none.
+    """
+    return config | {"rotation": config.get("rotation", {}) | {FOLDED: list(targets)}} if targets else config
 
 
 def _group(precision: Precision, targets: Sequence[str]) -> dict[str, Any]:
