@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from fewbits.errors import PrecisionWarning as PrecisionWarning
     from fewbits.formats import Format as Format
     from fewbits.measure.compare import compare as compare
+    from fewbits.measure.plan import plan as plan
     from fewbits.models.load import AutoModel as AutoModel
     from fewbits.models.load import AutoModelForCausalLM as AutoModelForCausalLM
     from fewbits.models.load import AutoModelForSeq2SeqLM as AutoModelForSeq2SeqLM
@@ -40,6 +41,7 @@ _HOMES = {
     "decode": "fewbits.tensors.cast",
     "encode": "fewbits.tensors.cast",
     "formats": "fewbits.formats",
+    "plan": "fewbits.measure.plan",
     "round_to": "fewbits.tensors.cast",
 }
 

@@ -46,7 +46,10 @@ def test_the_scale_rules_are_those_that_a_format_allows() -> None:
         assert allowed[0] == Format.named(name).scale_rule(None)
 
 
-@pytest.mark.parametrize("shape", MODELS, ids=lambda shape: shape.name)
+_LARGEST = pytest.param(MODELS[-1], marks=pytest.mark.slow, id=MODELS[-1].name)
+
+
+@pytest.mark.parametrize("shape", [*MODELS[:-1], _LARGEST], ids=lambda shape: shape.name)
 def test_what_fits_has_the_numbers_of_the_plan(shape: Shape, tmp_path: Path) -> None:
     from fewbits.measure.plan import plan
 

@@ -84,12 +84,12 @@ def read_bandwidth(device: str = "cpu") -> float | None:
         numbers = torch.ones(_PROBE_BYTES // 4, device=device)
     except RuntimeError:  # no room
         return None
-    best, started = float("inf"), time.perf_counter()
-    while time.perf_counter() - started < _PROBE_SECONDS:
+    seconds, started = [], time.perf_counter()
+    while not seconds or time.perf_counter() - started < _PROBE_SECONDS:
         before = time.perf_counter()
         float(numbers.sum())  # waits for the device
-        best = min(best, time.perf_counter() - before)
-    return numbers.nbytes / best
+        seconds.append(time.perf_counter() - before)
+    return numbers.nbytes / min(seconds)
 
 
 def _available() -> int:
