@@ -28,7 +28,7 @@ def test_it_shows_every_precision_and_what_to_run(run_cli: Callable, tiny: Path,
     assert "next: fewbits convert" in ran.out
     assert "Larger models lose less" in ran.out
     data = json.loads(path.read_text())
-    assert data["best"] == "int8"
+    assert data["best"] in ("int8", "int8-weight")  # of a tiny model, either is the smaller one
     assert data["context"] == data["context_limit"]  # less than 4096
 
 
