@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from fewbits.cli.app import INTERRUPTED, MODEL, app, fail, progress_bar, refuse_unwritable, to_stderr, write_json
+from fewbits.cli.contract import REPORT, Measured
 from fewbits.errors import OverflowWarning
 
 
@@ -19,11 +20,12 @@ def convert(
     model: Annotated[str, typer.Argument(help=MODEL)],
     out: Annotated[Path, typer.Argument(help="The folder to write; of --layout gguf, the file.")],
     to: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="int8 (weights and activations), int8-weight, int4, mxfp4, fp8; or a cast: bf16, fp16, fp32."
+            help="int8 (the usual: weights and activations), int8-weight, int4, mxfp4, fp8; or a cast: bf16, fp16, "
+            "fp32. With a contract, those to choose from, as int8,int4."
         ),
-    ] = "int8",
+    ] = None,
     layout: Annotated[
         str, typer.Option(help="How it is written: compressed-tensors, bitsandbytes or gguf.")
     ] = "compressed-tensors",
@@ -36,6 +38,13 @@ def convert(
         str | None, typer.Option(help="How codes are found: absmax (the usual), mse (least error), gptq (on text).")
     ] = None,
     calibrate: Annotated[Path | None, typer.Option(help="UTF-8 text for gptq; without it, a built-in one.")] = None,
+    max_kl: Annotated[
+        float | None,
+        typer.Option(help="A contract: search the smallest model of at most this KL to fp32, layer by layer."),
+    ] = None,
+    max_size: Annotated[
+        str | None, typer.Option(help="A contract: search for the least loss in so many bytes, as 3GiB.")
+    ] = None,
     overflow: Annotated[
         str | None,
         typer.Option(help="Beyond a cast's range: saturate or ieee (Inf); without it, the format's own rule."),
@@ -57,24 +66,33 @@ def convert(
     refuse_unwritable(json)
     console = Console()
     try:
-        with progress_bar("converting", in_bytes=True) as step, warnings.catch_warnings(record=True) as told:
+        contract = max_kl is not None or max_size is not None
+        with progress_bar("converting", in_bytes=not contract) as step, warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always", OverflowWarning)
+            measured = Measured(model, lambda what, done, total: step(done, total, what)) if contract else None
             done = run(
                 model, out, to, layout=layout, keep=keep or (), rotate=rotate, method=method, calibrate=calibrate,
-                overflow=overflow, allow_nonfinite=allow_nonfinite,
+                max_kl=max_kl, max_size=max_size, overflow=overflow, allow_nonfinite=allow_nonfinite,
+                on_search=None if measured is None else measured.progress,
+                evaluate=None if measured is None else measured.kl,
+                on_found=None if measured is None else measured.report,
                 overwrite=overwrite, revision=revision, trust_remote_code=trust_remote_code, progress=step,
                 on_manifest=lambda rows: console.print(manifest_table(rows)),
             )  # fmt: skip
     except KeyboardInterrupt as stop:  # here, since Typer does not pass on what it says
         fail("; ".join(["interrupted", *getattr(stop, "__notes__", ())]), INTERRUPTED)
     if json is not None:
-        write_json(json, {"path": str(done.path), "to": to, "nbytes": done.nbytes,
+        write_json(json, {"path": str(done.path), "to": done.precision, "nbytes": done.nbytes,
                            "manifest": [asdict(row) for row in done.manifest],
-                           "casts": [asdict(cast) for cast in done.casts]})  # fmt: skip
+                           "casts": [asdict(cast) for cast in done.casts],
+                           "search": None if measured is None else measured.found.to_json()})  # fmt: skip
     if done.casts:
         console.print(cast_table(done.casts))
     for warning in told:
         to_stderr("WARNING:", str(warning.message), style="bold red")
     if done.rounding is not None:
         typer.echo(f"note: {done.rounding}")
-    typer.echo(f"wrote {done.path}: {to}, {human_bytes(done.nbytes)} of weights")
+    size = f"{human_bytes(done.nbytes)} of weights"
+    if measured is not None:
+        typer.echo(f"{measured.say()}; figures in {done.path / REPORT} and README.md")
+    typer.echo(f"wrote {done.path}: {done.precision}, {size}")

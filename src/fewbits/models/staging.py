@@ -50,7 +50,7 @@ def staged_folder(out: Path, *, overwrite: bool, nbytes: int, fingerprint: str |
             refuse_full_disk(out, nbytes - _bytes_on_disk(staging))
             yield staging
             (staging / RECORD).unlink(missing_ok=True)
-            _swap(staging, out)
+            swap(staging, out)
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt) and recorded_files(staging):
                 error.add_note("what is done is kept: run the same again, and it goes on there")
@@ -166,7 +166,7 @@ def refuse_full_disk(out: Path, nbytes: int) -> None:
         )
 
 
-def _swap(staging: Path, out: Path) -> None:
+def swap(staging: Path, out: Path) -> None:
     """Put the new folder in the place of the old one; the old one is gone only when the new one stands."""
     old = out.parent / f".{out.name}.replaced"
     if out.exists():  # else a kill came between the renames, and the old one is the only one

@@ -43,24 +43,18 @@ def best(groups: Mapping[str, Options]) -> Assignment:
 def fewest_bytes(groups: Mapping[str, Options], most_loss: float) -> Assignment | None:
     """The assignment of fewest bytes whose losses add up to no more than this; None if there is none."""
     chosen = cheapest(groups)
-    loss = loss_of(groups, chosen)
-    steps = _steps(groups)
-    taken: list[_Step] = []
-    before: list[str] = []
-    for step in steps:
-        if loss <= most_loss:
+    taken: list[tuple[_Step, str]] = []
+    for step in _steps(groups):
+        if loss_of(groups, chosen) <= most_loss:
             break
-        before.append(chosen[step.group])
-        taken.append(step)
+        taken.append((step, chosen[step.group]))
         chosen[step.group] = step.option
-        loss -= step.gain
-    loss = loss_of(groups, chosen)  # without the rounding of many small steps
-    if loss > most_loss * (1 + 1e-9):
+    if loss_of(groups, chosen) > most_loss:
         return None
-    for step, option in sorted(zip(taken, before, strict=True), key=lambda each: -each[0].nbytes):
-        if chosen[step.group] == step.option and loss + step.gain <= most_loss:  # it was not needed after all
-            chosen[step.group] = option
-            loss += step.gain
+    for step, before in sorted(taken, key=lambda each: -each[0].nbytes):
+        without = {**chosen, step.group: before}
+        if chosen[step.group] == step.option and loss_of(groups, without) <= most_loss:  # it was not needed after all
+            chosen = without
     return chosen
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -24,6 +24,9 @@ from fewbits.tensors.divergence import kl_divergence
 
 _HELD_OUT = 8  # windows
 _BUILT_IN_START = 50_000  # behind what layers are calibrated on, which ends at token 46,384
+Progress = Callable[[int, int], None]
+"""Called with windows done and windows in all."""
+
 _EVERY = 2  # positions: neighbours tell much the same, and the head is a quarter of the work
 
 
@@ -62,19 +65,21 @@ def split_text(
 class HeldOut:
     """What the model in float32 says of the held-out windows, kept in a temporary file."""
 
-    def __init__(self, model: Any, windows: Tensor) -> None:
+    def __init__(self, model: Any, windows: Tensor, progress: Progress) -> None:
         """Run the model over the windows ``[W, T]``."""
         self._windows, self._file = windows, tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
-        for log_p in log_probabilities(model, windows[:, None]):
+        for done, log_p in enumerate(log_probabilities(model, windows[:, None]), start=1):
             self._file.write(log_p.numpy().data)
+            progress(done, len(windows))
 
-    def kl(self, model: Any) -> float:
+    def kl(self, model: Any, progress: Progress) -> float:
         """KL(the model in float32 || this one), mean over positions, nats per token."""
         self._file.seek(0)
         found = []
-        for log_q in log_probabilities(model, self._windows[:, None]):
+        for done, log_q in enumerate(log_probabilities(model, self._windows[:, None]), start=1):
             log_p = torch.from_numpy(np.fromfile(self._file, np.float32, log_q.numel()))
             found.append(kl_divergence(log_p.view(log_q.shape), log_q))
+            progress(done, len(self._windows))
         return torch.cat(found).mean().item()
 
     def close(self) -> None:

@@ -54,10 +54,6 @@ class Sensitivity:
         part.write_text(json.dumps({"groups": self.groups, "uniform": self.uniform, "kl": self.kl}) + "\n")
         part.replace(self.file)
 
-    def lacks(self, precisions: Sequence[str]) -> bool:
-        """Whether something of these precisions is still to be measured."""
-        return not self.groups or any(name not in kl for kl in self.kl.values() for name in precisions)
-
     def screen(
         self, probe: Probe, precisions: Mapping[str, Precision], can: Callable[[str, str], bool], quantize: Quantize
     ) -> None:
@@ -97,17 +93,19 @@ class Sensitivity:
             progress: Called after each group.
         """
         last: int | None = None
-        for done, (group, layers) in enumerate(self.groups.items(), start=1):
-            block = probe.block_of(layers[0])
-            if block != last and last is not None:
-                self.save()
-            last = block
-            for name, precision in precisions.items():
-                if name not in self.kl[group] and all(can(layer, name) for layer in layers):
-                    self.kl[group][name] = probe.kl(layers, precision, quantize)
-                    self.measured += 1
-            progress("sensitivity", done, len(self.groups))
-        self.save()
+        try:
+            for done, (group, layers) in enumerate(self.groups.items(), start=1):
+                block = probe.block_of(layers[0])
+                if last not in (None, block):
+                    self.save()
+                last = block
+                for name, precision in precisions.items():
+                    if name not in self.kl[group] and all(can(layer, name) for layer in layers):
+                        self.kl[group][name] = probe.kl(layers, precision, quantize)
+                        self.measured += 1
+                progress("sensitivity", done, len(self.groups))
+        finally:
+            self.save()
 
 
 def worth_trying(
