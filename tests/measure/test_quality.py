@@ -1,5 +1,6 @@
 import math
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from fewbits.errors import FewbitsError
 from fewbits.measure import quality
+from fewbits.measure.peak import PeakMemory
 from fewbits.measure.positions import standard_error
 from fewbits.measure.quality import Reference, compare_models, kl_divergence
 from fewbits.measure.scratch import roomy_folder
@@ -202,3 +204,18 @@ def test_demo_model_has_the_published_perplexity() -> None:
     for perplexity, tokenizer in tokenizers.items():
         with Reference(model, token_windows(tokenizer)) as reference:
             assert reference.quality.perplexity == pytest.approx(perplexity, abs=0.01)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux lets a process begin its peak anew")
+def test_memory_does_not_grow_with_the_text() -> None:
+    """268 MB of log-probabilities go through a file; in memory are the logits of a window and some chunks of 8 MiB."""
+    logits = torch.randn(1, 64, 32768, generator=torch.Generator().manual_seed(0))
+    windows = torch.zeros(32, 64, dtype=torch.int64)
+
+    def model(input_ids: torch.Tensor) -> SimpleNamespace:
+        return SimpleNamespace(logits=logits + 1)
+
+    memory = PeakMemory()
+    assert memory.restart()
+    compare_models(model, model, windows)
+    assert memory.grown() < 100 << 20
