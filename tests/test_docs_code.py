@@ -19,7 +19,7 @@ import torch
 
 from models.tiny_chatglm import save as save_tiny_chatglm
 from models.tiny_sentencepiece import write_sentencepiece
-from pages import DOCS, FRONT, blocks, commands, read
+from pages import DOCS, FRONT, blocks, commands, prose, read
 
 MODELS = ("MODEL", "Qwen/Qwen3-0.6B", "qwen")
 """Names that pages give to a model; here each is a folder, so nothing is fetched."""
@@ -27,7 +27,7 @@ MODELS = ("MODEL", "Qwen/Qwen3-0.6B", "qwen")
 NOT_RUN = {("explore", "--open"), ("explore",)}
 """Commands that would not end by themselves; that they parse is tested with all others."""
 
-RESULTS = ("compare", "doctor", "formats", "generate", "preflight", "show", "train")
+RESULTS = ("compare", "doctor", "formats", "generate", "plan", "preflight", "show", "train")
 """Commands that later blocks do not need: each such line is run once, on the first page that has it."""
 
 TEXT = "\n".join(f"Precision is a budget: {i} bits and {i} more are {2 * i} bits." for i in range(400))
@@ -103,6 +103,12 @@ def shown(value: object) -> str:
 def test_blocks_have_a_language(page: str) -> None:
     unknown = {block.line: block.language for block in blocks(read(page))}
     assert {line: lang for line, lang in unknown.items() if lang not in ("python", "sh", "text", "json", "cpp")} == {}
+
+
+@pytest.mark.parametrize("page", [*FRONT, *DOCS])
+def test_commands_are_in_fences(page: str) -> None:
+    """In a block that is only indented they would not be run."""
+    assert re.findall(r"^ +(?:\$ )?fewbits [a-z].*", prose(read(page)), flags=re.MULTILINE) == []
 
 
 def test_a_wrong_value_is_seen() -> None:
