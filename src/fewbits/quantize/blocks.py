@@ -42,7 +42,7 @@ class Blocks:
         """
         self._source, self._windows = source, windows
         self._model = copy.deepcopy(model).eval().requires_grad_(False)
-        self._stored = {place.parameter: name for name, place in places.items()}
+        self._stored = {place.parameter: name for name, place in places.items() if place.converter is None}
         self.prefix, self._blocks = stack_of(self._model)
         self.inputs: list[Tensor] = []
         self._arguments: dict[str, Any] = {}

@@ -88,9 +88,10 @@ def _fold(blocks: Blocks, index: int, path: str) -> dict[str, Change]:
     before = blocks.inputs
     blocks.inputs = [blocks.through(block, x) for x in before]
     watch.stop()
+    _check_finite(watch.largest, blocks.inputs, path)
     changes: dict[str, list[Change]] = {}
     for pair in watch.pairs():
-        _fold_pair(block, pair, watch.largest, changes, path)
+        _fold_pair(block, pair, watch.largest, changes)
     made = {name: together(*each) for name, each in changes.items()}
     for name, parameter in block.named_parameters():
         if name in made:
@@ -104,16 +105,20 @@ def _fold(blocks: Blocks, index: int, path: str) -> dict[str, Change]:
     return made
 
 
-def _fold_pair(
-    block: nn.Module, pair: _Pair, largest: dict[str, Tensor], changes: dict[str, list[Change]], path: str
-) -> None:
+def _check_finite(largest: dict[str, Tensor], outputs: list[Tensor], path: str) -> None:
+    """Name the first layer that is given something that is not finite, or the last one if it is what gives it."""
+    bad = next((name for name, each in largest.items() if not each.isfinite().all()), None)
+    if bad is None and not all(each.isfinite().all() for each in outputs):
+        bad = list(largest)[-1]
+    if bad is not None:
+        raise FewbitsError(
+            f"{path}{bad}.weight: the calibration gave activations that are NaN or Inf; calibrate on other text"
+        )
+
+
+def _fold_pair(block: nn.Module, pair: _Pair, largest: dict[str, Tensor], changes: dict[str, list[Change]]) -> None:
     """Add what is done to the parameters of a pair."""
     activations = torch.stack([largest[reader] for reader in pair.readers]).amax(0)
-    if not activations.isfinite().all():
-        raise FewbitsError(
-            f"{path}{pair.readers[0]}.weight: the calibration gave activations that are NaN or Inf; calibrate on "
-            "other text"
-        )
     readers = [block.get_submodule(reader) for reader in pair.readers]
     weights = torch.stack([_features_last(each).abs().amax(0) for each in readers]).amax(0)
     if pair.is_norm:
