@@ -23,7 +23,7 @@ _LEAST = 128 << 10  # bytes of a tensor for which pages of its own are worth a c
 
 
 @contextmanager
-def tight_memory(from_bytes: int = 1 << 20) -> Iterator[None]:
+def tight_memory(from_bytes: int = 1 << 17) -> Iterator[None]:
     """Within the block, blocks of memory of so many bytes are the system's again when they are freed.
 
     Elsewhere than with glibc nothing changes. Afterwards the threshold is the largest that glibc itself would reach.
