@@ -95,6 +95,7 @@ class MixedPrecision:
         weights = linear_weights(self._bare)
         kept = kept_names(self.recipe, list(weights))
         self.policy = Policy(self.recipe, {id(weight): (name, name in kept) for name, weight in weights.items()})
+        self.policy.take_over_loss(self._bare)
         held = {id(param) for group in optimizer.param_groups for param in group["params"]}
         self._parameters = {name: param for name, param in parameters.items() if id(param) in held}
         self._others = [param for param in parameters.values() if id(param) not in held]

@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from fewbits.train.causal_loss import causal_models, narrow_loss
+from fewbits.train.cross_entropy import cross_entropy, takes
 from fewbits.train.lint import warn_of_autocast
 from fewbits.train.matmul import DTYPES, Observer, Operands, linear, runs_natively
 from fewbits.train.recipe import Recipe
@@ -76,6 +78,11 @@ class Policy(TorchFunctionMode):
         self._weights = weights
         self._observer: Observer | None = None
         self.active = False
+        self._causal: list[nn.Module] = []
+
+    def take_over_loss(self, model: nn.Module) -> None:
+        """Let models of transformers hand over their logits in 16 bits; where nothing is narrow they are in float32."""
+        self._causal = causal_models(model) if self.dtype in _NARROW else []
 
     def follow(self, model: nn.Module) -> None:
         """Know the weights of a model by ``fully_shard`` in the forward pass, when they are whole but other tensors.
@@ -104,7 +111,7 @@ class Policy(TorchFunctionMode):
         warn_of_autocast()
         self.active = True
         try:
-            with self:
+            with self, narrow_loss(self._causal):
                 yield
         finally:
             self.active = False
@@ -133,6 +140,9 @@ class Policy(TorchFunctionMode):
             args, kwargs = self._with_finite_mask(args, kwargs)
         if func in MATMULS:
             return self._matmul(func, args, kwargs)
+        if func is functional.cross_entropy and len(args) == 2 and takes(*args, kwargs):
+            result: Tensor = cross_entropy(*args, **kwargs)
+            return result
         if func in FP32 and _has_narrow(args, kwargs):
             return func(*_cast(args, torch.float32, _NARROW), **_cast(kwargs, torch.float32, _NARROW))
         return func(*args, **kwargs)
