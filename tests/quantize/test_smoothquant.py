@@ -160,11 +160,13 @@ def test_what_else_reads_a_norm_is_found_out(tmp_path: Path) -> None:
     transformers.MixtralForCausalLM(config).save_pretrained(tmp_path)
     with pytest.raises(FewbitsError, match=r"calibrate: .*experts.* is stored in another way"):
         smoothquant(open_source(tmp_path), WINDOWS)
-    transformers.BloomForCausalLM(
-        transformers.BloomConfig(
-            hidden_size=32, n_layer=1, n_head=2, vocab_size=256, apply_residual_connection_post_layernorm=True
-        )
-    ).save_pretrained(tmp_path / "bloom")
+    config = transformers.BloomConfig(
+        hidden_size=32, n_layer=1, n_head=2, vocab_size=256, apply_residual_connection_post_layernorm=True
+    )
+    model = transformers.BloomForCausalLM(config)
+    for norm in (model.transformer.h[0].input_layernorm, model.transformer.h[0].post_attention_layernorm):
+        norm.weight.data.log_normal_(std=2)
+    model.save_pretrained(tmp_path / "bloom")
     with pytest.raises(FewbitsError, match=r"transformer\.h\.0 is not the same with scales folded into its layers"):
         smoothquant(open_source(tmp_path / "bloom"), WINDOWS)
 

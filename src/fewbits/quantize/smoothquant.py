@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -184,8 +185,8 @@ class _Watch:
         for name in self.largest:
             owner, _, leaf = name.rpartition(".")
             if leaf == "o_proj" and f"{owner}.v_proj" in self.largest:
-                attention, values = self._block.get_submodule(owner), self._block.get_submodule(f"{owner}.v_proj")
-                heads = len(self.largest[name]) // values.out_features
+                attention: Any = self._block.get_submodule(owner)
+                heads = len(self.largest[name]) // attention.v_proj.out_features
                 pairs.append(_Pair(f"{owner}.v_proj", (name,), shared=(attention.head_dim, heads)))
             elif leaf == "down_proj" and {f"{owner}.gate_proj", f"{owner}.up_proj"} <= self.largest.keys():
                 pairs.append(_Pair(f"{owner}.up_proj", (name,)))
@@ -194,7 +195,7 @@ class _Watch:
         return pairs
 
 
-def _features_last(layer: nn.Module) -> Tensor:
+def _features_last(layer: Any) -> Tensor:
     weight: Tensor = layer.weight
     return weight.T if isinstance(layer, Conv1D) else weight
 
