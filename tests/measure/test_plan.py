@@ -17,7 +17,7 @@ from fewbits.measure import plan_memory
 from fewbits.measure.machine import Gpu, this_machine
 from fewbits.measure.memory import weight_bytes
 from fewbits.measure.plan import Plan, plan
-from fewbits.measure.plan_accuracy import ACCURACY, CALIBRATED, NEGLIGIBLE, SLIGHT
+from fewbits.measure.plan_accuracy import ACCURACY, NEGLIGIBLE, SLIGHT, Accuracy
 from fewbits.measure.plan_memory import Memory, memories_of, parse_memory, read_bandwidth
 from fewbits.measure.plan_training import TRAININGS
 from fewbits.models.precision import PRECISIONS
@@ -245,20 +245,20 @@ def test_json_holds_all(tiny: Path) -> None:
     assert data["rows"][0]["tokens_per_second"] > 0
 
 
-def test_the_accuracy_classes_are_those_of_the_documented_figures() -> None:
-    text = (ROOT / "docs/quantization.md").read_text()
-    rows = [line for line in text.splitlines() if line.startswith("| ")]
-    named = {"int8": "int8, `load_in_8bit=True`", "int4": "int4, 8-bit activations"}
-    for name, accuracy in ACCURACY.items():
-        assert accuracy.name in ("negligible", "slight", "visible")
-        assert (accuracy.kl is None) == (accuracy.like is not None)
-        row = next((row for row in rows if row.startswith(f"| {named.get(name, name)} |")), None)
-        if row is not None and accuracy.kl is not None:
-            assert f"{accuracy.kl:g}" in row.replace("0.430", "0.43"), (name, row)
-    assert {ACCURACY[name].name for name in ("fp32", "bf16", "int8")} == {"negligible"}
-    assert NEGLIGIBLE < SLIGHT
-    for name, kl in CALIBRATED.items():
-        assert kl < ACCURACY[name].kl  # type: ignore[operator]
+def test_the_accuracy_is_what_was_measured() -> None:
+    results = json.loads((ROOT / "benchmarks/results/quality.json").read_text())["results"]
+    named = {"bf16": "transformers bf16"} | {name: f"fewbits {name}" for name in PRECISIONS if name != "bf16"}
+    measured = {name: next(iter(results[row]["texts"].values())) for name, row in named.items() if row in results}
+    assert set(measured) == {name for name, each in ACCURACY.items() if each.kl}  # fp32 is the reference
+    for name, figures in measured.items():
+        assert ACCURACY[name].kl == pytest.approx(figures["kl"], rel=0.05), name
+
+
+def test_an_accuracy_has_a_class() -> None:
+    assert {ACCURACY[name].name for name in ("fp32", "bf16", "fp16", "int8", "int8-weight")} == {"negligible"}
+    assert (ACCURACY["fp8"].name, ACCURACY["nf4"].name) == ("slight", "visible")
+    assert Accuracy(NEGLIGIBLE).name == "negligible"
+    assert Accuracy(SLIGHT).name == "slight"
 
 
 def test_every_precision_has_an_accuracy() -> None:

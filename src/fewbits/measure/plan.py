@@ -27,11 +27,14 @@ from fewbits.models.precision import PRECISIONS, Precision
 CONTEXT = 4096
 """Tokens that are planned for where nothing is said, or the model's own limit if that is less."""
 
-_BANDWIDTH_SHARE = 0.8
+_BANDWIDTH_SHARE = {True: 0.3, False: 0.8}
 _LAYER_SECONDS = {True: 1.0e-3, False: 1.0e-4}
-"""Decode of a token takes bytes read / (share · bandwidth) + layers · seconds: of a cast, whose layers are PyTorch's
-modules, and of quantized layers. From the tables of BENCHMARKS.md: 0.49 of the limit is reached by SmolLM2-135M in int8
-(30 layers), 0.71 to 0.80 by 1.24B (16 layers), 0.78 by 6.2B (28 layers)."""
+"""Decode of a token takes bytes read / (share · bandwidth) + layers · seconds.
+
+The share is less where a CPU multiplies casts of 16 bits; a layer takes more where it is PyTorch's modules, as in
+casts. Fitted to the tables of BENCHMARKS.md: of the limit by bandwidth int8 reaches 0.49 with SmolLM2-135M (30 layers),
+0.71 to 0.80 with 1.24B (16 layers), 0.78 with 6.2B (28).
+"""
 
 _CLASSES = ("negligible", "slight", "visible")
 _UNBOUNDED = 1 << 24  # tokens: where neither the model nor its cache sets a limit
@@ -321,7 +324,8 @@ class _Planning:
         if bandwidth is None or not self.outline.writes:
             return None
         nbytes = read_bytes(size, stored, self.kept_bytes) + cache
-        seconds = nbytes / (_BANDWIDTH_SHARE * bandwidth) + self.outline.layers * _LAYER_SECONDS[stored.cast]
+        slow = computed_bytes(stored) == 2 and place.device == "cpu"
+        seconds = nbytes / (_BANDWIDTH_SHARE[slow] * bandwidth) + self.outline.layers * _LAYER_SECONDS[stored.cast]
         return 1 / seconds
 
     def trainings(self) -> list[TrainingRow]:
