@@ -72,9 +72,15 @@ def test_the_code_runs(page: str, session: Path, done: set[tuple[str, ...]], run
         elif block.why_not is None and block.language == "sh":
             for arguments in commands(block.code):
                 if tuple(arguments) not in NOT_RUN | done:
-                    ran = run_cli(*arguments)
+                    ran = run_cli(*arguments, *replacing(arguments))
                     done |= {tuple(arguments)} if arguments[0] in RESULTS else set()
                     assert ran.code == 0, f"{page}: fewbits {' '.join(arguments)}: {ran.err}"
+
+
+def replacing(arguments: list[str]) -> list[str]:
+    """What lets a conversion replace a model that an earlier line made: such lines are alternatives."""
+    there = arguments[0] == "convert" and Path(arguments[2]).exists()
+    return ["--overwrite"] if there and "--overwrite" not in arguments else []
 
 
 def run_python(code: str, where: str, names: dict[str, Any]) -> None:
