@@ -84,7 +84,8 @@ def read_bandwidth(device: str = "cpu") -> float | None:
         numbers = torch.ones(_PROBE_BYTES // 4, device=device)
     except RuntimeError:  # no room
         return None
-    seconds, started = [], time.perf_counter()
+    seconds: list[float] = []
+    started = time.perf_counter()
     while not seconds or time.perf_counter() - started < _PROBE_SECONDS:
         before = time.perf_counter()
         float(numbers.sum())  # waits for the device
