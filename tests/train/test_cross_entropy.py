@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
@@ -34,6 +34,7 @@ def both(x: Tensor, target: Tensor, **options: Any) -> tuple[tuple[Tensor, Tenso
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@settings(deadline=None)
 @given(
     seed=st.integers(0, 1 << 30), rows=st.integers(1, 40), entries=st.integers(1, 300_000), spread=st.floats(0, 100),
     ignored=st.booleans(),
@@ -41,7 +42,7 @@ def both(x: Tensor, target: Tensor, **options: Any) -> tuple[tuple[Tensor, Tenso
 def test_it_is_that_of_float32(
     dtype: torch.dtype, reduction: str, seed: int, rows: int, entries: int, spread: float, ignored: bool
 ) -> None:
-    rows = min(rows, 1 + 3_000_000 // entries)
+    rows = min(rows, 1 + 2_000_000 // entries)
     generator = torch.Generator().manual_seed(seed)
     x = (torch.randn(rows, entries, generator=generator) * spread).to(dtype)
     target = torch.randint(0, entries, (rows,), generator=generator)
