@@ -7,6 +7,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
+import fewbits
 from pages import PAGES, ROOT, prose, read
 
 _LINK = re.compile(
@@ -63,6 +64,11 @@ def test_every_page_is_reached() -> None:
             if path in PAGES and path not in seen:
                 pending.append(path)
     assert set(PAGES) - seen == set()
+
+
+def test_the_reference_has_every_public_name() -> None:
+    shown = set(re.findall(r"^::: fewbits\.(\w+)", read("docs/reference.md"), flags=re.MULTILINE))
+    assert shown == set(fewbits.__all__)
 
 
 def test_both_readmes_link_each_other() -> None:
