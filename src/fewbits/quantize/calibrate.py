@@ -125,7 +125,7 @@ class Calibration:
             except (OSError, SafetensorError):  # then all blocks are calibrated again
                 return
             self._blocks.catch()  # for the arguments beside the inputs
-            self._next, self._blocks.inputs = index, list(inputs.split(1))
+            self._next, self._blocks.inputs = index, [x[None] for x in inputs]
             return
 
     def kept_for(self, index: int) -> str:
