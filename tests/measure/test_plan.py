@@ -16,8 +16,9 @@ from fewbits.formats.precisions import STORED_PRECISIONS
 from fewbits.measure import plan_memory
 from fewbits.measure.machine import Gpu, this_machine
 from fewbits.measure.memory import weight_bytes
-from fewbits.measure.plan import Plan, plan
+from fewbits.measure.plan import plan
 from fewbits.measure.plan_accuracy import ACCURACY, NEGLIGIBLE, SLIGHT, Accuracy
+from fewbits.measure.plan_data import Plan
 from fewbits.measure.plan_memory import Memory, memories_of, parse_memory, read_bandwidth
 from fewbits.measure.plan_training import TRAININGS
 from fewbits.models.precision import PRECISIONS

@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 import transformers
 from torch import nn
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from fewbits.formats.precisions import STORED_PRECISIONS, StoredPrecision
 from fewbits.measure.plan_bytes import CacheLayer, Matrix, Size
+from fewbits.measure.plan_cache import cache_layers, decoder_of, depth_of
 from fewbits.measure.plan_config import Configuration
 from fewbits.models.architecture import auto_class_of, empty_model
 from fewbits.models.generate import context_length
@@ -68,7 +67,7 @@ class Outline:
     @cached_property
     def layers(self) -> int:
         """Layers that a written token passes."""
-        return _depth(self.model.config)
+        return depth_of(self.model.config)
 
     @cached_property
     def writes(self) -> bool:
@@ -83,7 +82,7 @@ class Outline:
     @cached_property
     def hidden(self) -> int:
         """Channels between layers."""
-        return int(getattr(_decoder(self.model.config), "hidden_size", 0) or 0)
+        return int(getattr(decoder_of(self.model.config), "hidden_size", 0) or 0)
 
     @cached_property
     def widest(self) -> int:
@@ -131,12 +130,12 @@ class Outline:
     @cached_property
     def cache(self) -> tuple[CacheLayer, ...]:
         """The keys and values that it keeps; empty if it keeps none."""
-        return _cache_layers(self.model.config) if has_cache(self.model) else ()
+        return cache_layers(self.model.config) if has_cache(self.model) else ()
 
     @property
     def active_experts(self) -> int | None:
         """Experts that work on a token; None without experts, or where the configuration does not say."""
-        config = _decoder(self.model.config)
+        config = decoder_of(self.model.config)
         for name in _ACTIVE:
             count = getattr(config, name, None)
             count = max(count) if isinstance(count, (list, tuple)) and count else count
@@ -238,51 +237,3 @@ def _kept_wide(model: transformers.PreTrainedModel, precision: Precision) -> Cal
     pattern = "|".join(rf"(?:^|\.){re.escape(name)}(?:$|\.)" for name in names)
     named = re.compile(pattern or r"(?!)")
     return lambda name, tensor: tensor.dtype == torch.float32 or named.search(name) is not None
-
-
-def _decoder(config: transformers.PreTrainedConfig) -> Any:
-    return config.get_text_config(decoder=True)
-
-
-def _depth(config: transformers.PreTrainedConfig) -> int:
-    """Layers of what writes; T5 and its kin say so under a name of their own."""
-    text = _decoder(config)
-    return int(getattr(text, "num_decoder_layers", None) or getattr(text, "num_hidden_layers", None) or 1)
-
-
-def _cache_layers(config: transformers.PreTrainedConfig) -> tuple[CacheLayer, ...]:
-    """Keys and values by layer, layers that are alike together."""
-    text = _decoder(config)
-    keys, values, heads = _widths(text)
-    windows = _windows(config, _depth(config))
-    layers = [CacheLayer(keys, values, heads, window, count) for window, count in Counter(windows).items()]
-    if config.is_encoder_decoder:  # and those of the input, which every layer looks at
-        layers.append(CacheLayer(keys, values, heads, None, len(windows)))
-    return tuple(layers)
-
-
-def _widths(text: Any) -> tuple[int, int, int]:
-    """Numbers of a token's keys and of its values in a layer, and their heads."""
-    heads = int(text.num_attention_heads)
-    D = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
-    if getattr(text, "kv_lora_rank", None) and getattr(text, "qk_rope_head_dim", None):
-        return int(text.kv_lora_rank), int(text.qk_rope_head_dim), 1  # latent attention keeps what all heads share
-    groups = getattr(text, "num_key_value_heads", None) or getattr(text, "num_kv_heads", None) or heads
-    if getattr(text, "multi_query", False) and not getattr(text, "new_decoder_architecture", False):
-        groups = 1
-    return groups * D, groups * D, int(groups)
-
-
-def _windows(config: transformers.PreTrainedConfig, count: int) -> Sequence[int | None]:
-    """Tokens that each layer with keys and values keeps, as transformers' own cache has it; None: all."""
-    try:
-        layers = transformers.DynamicCache(config=config).layers
-    except Exception:  # a configuration that the cache cannot read: then every layer keeps all
-        layers = []
-    found: list[int | None] = []
-    for layer in layers:
-        if isinstance(layer, DynamicSlidingWindowLayer):
-            found.append(int(layer.sliding_window) - 1)  # the token that is written sees itself too
-        elif isinstance(layer, DynamicLayer):
-            found.append(None)
-    return found if layers and not config.is_encoder_decoder else [None] * count

@@ -14,7 +14,7 @@ from fewbits.measure.plan_accuracy import NEGLIGIBLE, SLIGHT, SOURCE
 from fewbits.report.terminal import human_bytes
 
 if TYPE_CHECKING:  # this module imports torch, which has no place here at run time
-    from fewbits.measure.plan import Plan
+    from fewbits.measure.plan_data import Plan
 
 
 def plan_table(plan: Plan) -> Group:
