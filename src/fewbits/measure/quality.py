@@ -95,18 +95,17 @@ class Reference:
             raise
 
     def _record(self, model: Model, progress: Progress | None) -> Quality:
-        losses = []
-        for done, window in enumerate(self.windows, start=1):
+        same, losses = self._figures(2)
+        for index, window in enumerate(self.windows):
             for rows, log_p in _log_probabilities(model, window):
                 if not self.vocabulary:
                     self.vocabulary = log_p.shape[-1]
                     self._scratch.check_room(self.windows.numel() * self.vocabulary * 4)
                 self._kept.append(self._scratch.add(log_p))
-                losses.append(_next_token_loss(log_p, window, rows))
+                losses[index, rows] = _next_token_loss(log_p, window, rows)
             if progress:
-                progress(done, len(self.windows))
-        same = torch.zeros(self.windows.shape, dtype=torch.float64)
-        return _quality(same, same + 1, torch.cat(losses).view(len(self.windows), -1), ())
+                progress(index + 1, len(self.windows))
+        return _quality(same, same + 1, losses[:, :-1], ())
 
     def measure(self, model: Model, progress: Progress | None = None) -> Quality:
         """Hold a model against the reference, over the same windows.
@@ -115,20 +114,27 @@ class Reference:
             FewbitsError: the model's vocabulary has another size than the reference's.
         """
         kept = iter(self._kept)  # the chunks of one vocabulary are alike
-        divergences, agreements, losses, worst = [], [], [], WorstPositions()
+        worst = WorstPositions()
+        kls, agreed, losses = self._figures(3)
         for index, window in enumerate(self.windows):
             for rows, log_q in _log_probabilities(model, window):
                 check_vocabulary("the candidate", log_q.shape[-1], self.vocabulary)
                 log_p = self._scratch.read(next(kept)).to(log_q.device)
                 kl = kl_divergence(log_p, log_q)
                 worst.see(index, rows.start, kl, log_p, log_q)
-                divergences.append(kl.cpu())
-                agreements.append((log_p.argmax(-1) == log_q.argmax(-1)).double().cpu())
-                losses.append(_next_token_loss(log_q, window, rows))
+                kls[index, rows] = kl.cpu()
+                agreed[index, rows] = (log_p.argmax(-1) == log_q.argmax(-1)).double().cpu()
+                losses[index, rows] = _next_token_loss(log_q, window, rows)
             if progress:
                 progress(index + 1, len(self.windows))
-        kls, agreed, lost = (torch.cat(each).view(len(self.windows), -1) for each in (divergences, agreements, losses))
-        return _quality(kls, agreed, lost, worst.found())
+        return _quality(kls, agreed, losses[:, :-1], worst.found())
+
+    def _figures(self, count: int) -> torch.Tensor:
+        """Room for figures of every position, [count, W, T].
+
+        It is made at once: small tensors that stay would break up the heap between the large ones that come and go.
+        """
+        return torch.zeros((count, *self.windows.shape), dtype=torch.float64)
 
     def close(self) -> None:
         """Give the temporary file back."""
@@ -178,9 +184,11 @@ def check_vocabulary(name: str, tokens: int, expected: int) -> None:
 
 
 def _next_token_loss(log_q: torch.Tensor, window: torch.Tensor, rows: slice) -> torch.Tensor:
-    """Negative log-likelihood float64 [R] of the tokens that follow these rows; the window's last has none."""
+    """Negative log-likelihood float64 [R] of the tokens that follow these rows; 0 for the window's last."""
     following = window[rows.start + 1 : rows.stop + 1].to(log_q.device)
-    return -log_q[: len(following)].gather(-1, following[:, None]).squeeze(-1).double().cpu()
+    losses = torch.zeros(len(log_q), dtype=torch.float64)
+    losses[: len(following)] = -log_q[: len(following)].gather(-1, following[:, None]).squeeze(-1).cpu()
+    return losses
 
 
 def _quality(
