@@ -35,9 +35,14 @@ def convert(
         typer.Option("--rotate", help="Rotate weights first: int8 and int4 are more accurate; only fewbits reads it."),
     ] = False,
     method: Annotated[
-        str | None, typer.Option(help="How codes are found: absmax (the usual), mse (least error), gptq (on text).")
+        str | None,
+        typer.Option(
+            help="absmax (the usual), mse (least error) or gptq (on text); quarot+… and smoothquant+… fold before."
+        ),
     ] = None,
-    calibrate: Annotated[Path | None, typer.Option(help="UTF-8 text for gptq; without it, a built-in one.")] = None,
+    calibrate: Annotated[
+        Path | None, typer.Option(help="UTF-8 text for gptq and smoothquant; without it, a built-in one.")
+    ] = None,
     max_kl: Annotated[
         float | None,
         typer.Option(help="A contract: search the smallest model of at most this KL to fp32, layer by layer."),
