@@ -19,6 +19,7 @@ HOME = "repository"
 
 _BESIDE = InclusionLevel.NOT_IN_NAV
 _LINK = re.compile(r"(\]\()([^)\s#]+)((?:#[^)\s]*)?\))")
+_HTML = re.compile(r'(\b(?:href|src)=")([^"#]+)((?:#[^"]*)?")')
 _CODE = re.compile(r"^(```|~~~).*?^\1|`[^`\n]+`", re.DOTALL | re.MULTILINE)
 
 
@@ -51,7 +52,15 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
         uri = _uri(target) if _outside(origin, match[2]) else _within_docs(target)
         return match[0] if uri is None else match[1] + os.path.relpath(uri, PurePosixPath(here).parent) + match[3]
 
-    return _LINK.sub(rewritten, markdown)
+    def rewritten_html(match: re.Match[str]) -> str:
+        """The same for HTML, which MkDocs leaves alone: the address of the page itself."""
+        target = Path(os.path.normpath(origin.parent / match[2]))
+        file = files.get_file_from_path(_within_docs(target) or (_uri(target) if target.is_relative_to(ROOT) else ""))
+        if "://" in match[2] or file is None:
+            return match[0]
+        return match[1] + os.path.relpath(file.dest_uri, PurePosixPath(page.file.dest_uri).parent) + match[3]
+
+    return _HTML.sub(rewritten_html, _LINK.sub(rewritten, markdown))
 
 
 def _outside(page: Path, link: str) -> Path | None:
