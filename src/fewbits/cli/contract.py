@@ -17,17 +17,21 @@ REPORT = "report.html"
 class Measured:
     """Measures written models on the built-in evaluation text, as `fewbits compare` does."""
 
-    def __init__(self, model: str, progress: Callable[[str, int, int], None]) -> None:
-        self._model, self.progress = model, progress
+    def __init__(self, model: str, revision: str | None, progress: Callable[[str, int, int], None]) -> None:
+        self._model, self._revision, self.progress = model, revision, progress
         self._last: dict[str, Any] = {}
         self._found: Found | None = None
 
     def kl(self, folder: Path) -> float:
         """The KL of a folder to the model in fp32, nats per token."""
         from fewbits.measure.compare import compare
+        from fewbits.measure.text import WINDOW_TOKENS
+        from fewbits.models.source import open_source
 
+        source = open_source(self._model, revision=self._revision)
+        context = getattr(source.config, "max_position_embeddings", None) or WINDOW_TOKENS
         result = compare(
-            self._model, [folder], with_speed=False,
+            source.path, [folder], with_speed=False, window_tokens=min(WINDOW_TOKENS, context),
             progress=lambda what, done, total: self.progress(f"evaluating, {what}", done, total),
         )  # fmt: skip
         self._last = result.to_json()

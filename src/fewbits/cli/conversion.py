@@ -74,7 +74,9 @@ def convert(
         contract = max_kl is not None or max_size is not None
         with progress_bar("converting", in_bytes=not contract) as step, warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always", OverflowWarning)
-            measured = Measured(model, lambda what, done, total: step(done, total, what)) if contract else None
+            measured = (
+                Measured(model, revision, lambda what, done, total: step(done, total, what)) if contract else None
+            )
             done = run(
                 model, out, to, layout=layout, keep=keep or (), rotate=rotate, method=method, calibrate=calibrate,
                 max_kl=max_kl, max_size=max_size, overflow=overflow, allow_nonfinite=allow_nonfinite,

@@ -54,13 +54,13 @@ class Subject:
             return cls(type(model).__name__, model, getattr(model, "config", None), stored)
         from fewbits.models.generate import check_writes_text
         from fewbits.models.source import open_source
-        from fewbits.models.stored_dtype import stored_precision
+        from fewbits.models.stored_dtype import stored_name
 
         source = open_source(model)
         check_writes_text(source.config)
-        given, precision = os.fspath(model), stored_precision(source)
+        given, precision = os.fspath(model), stored_name(source)
         name = Path(given).name if Path(given).exists() else given
-        return cls(name, model, source.config, None if precision is None else precision.name, None, source.size)
+        return cls(name, model, source.config, precision, None, source.size)
 
     def in_precision(self, precision: str) -> Self:
         """The same model in another precision: a cast, or for one on disk, quantized while it is loaded.

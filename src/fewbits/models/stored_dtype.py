@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from fewbits.models.precision import TORCH_DTYPES, Precision
+from fewbits.models.precision import TORCH_DTYPES
 from fewbits.models.quantized_source import QuantizedSource, as_weights
 from fewbits.models.source import Source
 
 
-def stored_precision(source: Source) -> Precision | None:
-    """The precision that a source is quantized in, or None if its tensors are plain values."""
+def stored_name(source: Source) -> str | None:
+    """The name of what a source is quantized in, of several joined by +; None if its tensors are plain values."""
     weights = as_weights(source) if not isinstance(source, QuantizedSource) else source
-    return weights.precision if isinstance(weights, QuantizedSource) else None
+    return weights.precision_name if isinstance(weights, QuantizedSource) else None
 
 
 def nominal_dtype(source: Source) -> torch.dtype:

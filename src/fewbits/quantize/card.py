@@ -9,9 +9,10 @@ from __future__ import annotations
 import shlex
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
-import yaml
 from huggingface_hub.repocard import RepoCard
+from huggingface_hub.repocard_data import CardData
 
 from fewbits.models.source import Source
 from fewbits.quantize.found import Found
@@ -32,16 +33,15 @@ def write_card(folder: Path, source: Source, name: str, job: FolderConversion, f
         allowed: The precisions that it chose from, with commas between them.
     """
     original = _card_of(source)
-    known = {} if original is None else original.data.to_dict()
-    front = {
+    known = {} if original is None else vars(original.data)
+    front: dict[str, Any] = {
         **{key: known[key] for key in _TAKEN_OVER if key in known},
         "base_model": name,
         "base_model_relation": "quantized",
         "library_name": "transformers",
         "tags": ["fewbits", job.layout],
     }
-    matter = yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
-    parts = [f"---\n{matter}---\n", _body(name, job, found, allowed)]
+    parts = [f"---\n{CardData(**front).to_yaml()}\n---\n", _body(name, job, found, allowed)]
     if original is not None and original.text.strip():
         said = original.text.strip()
         parts.append(f"## What the original's card says\n\nIt speaks of {name}, not of this model.\n\n---\n\n{said}\n")
