@@ -50,7 +50,7 @@ def test_the_manifest_names_the_precision_of_each_layer(tiny: Path, tmp_path: Pa
     source = as_weights(open_source(tmp_path / "out"))
     assert isinstance(source, QuantizedSource)
     assert {name.removesuffix(".weight"): each.name for name, each in source.precisions.items()} == LAYERS
-    assert Subject.of(tmp_path / "out").precision == "int4+int8-weight+mxfp4+fp8+int8"
+    assert Subject.of(tmp_path / "out").stored == "int4+int8-weight+mxfp4+fp8+int8"
 
 
 def test_what_no_rule_names_is_kept(tiny: Path, tmp_path: Path) -> None:
