@@ -178,6 +178,19 @@ def changed(folder: Path, out: Path, **settings: Any) -> Path:
     return out
 
 
+def test_another_vocabulary_of_the_same_size_is_refused(tiny: Path, tmp_path: Path) -> None:
+    other = changed(tiny, tmp_path / "other")
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["e"], vocabulary["t"] = vocabulary["t"], vocabulary["e"]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(
+        FewbitsError,
+        match=r"^the vocabularies differ: the tokens of '[et].*' in the reference are those of '[et].*' in other;",
+    ):
+        compare(tiny, [other], **QUICK)
+
+
 @pytest.mark.parametrize(
     ("settings", "options", "message"),
     [

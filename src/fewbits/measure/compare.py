@@ -72,12 +72,14 @@ def compare(
     _check_device(device)
     original = Subject.of(reference)
     # A wrong path or another vocabulary is found before any work.
-    others = [original.in_precision(each) for each in precisions] + [Subject.of(each) for each in candidates]
-    subjects = [*original.as_reference(), *others]
+    given = [Subject.of(each) for each in candidates]
+    subjects = [*original.as_reference(), *(original.in_precision(each) for each in precisions), *given]
     tokenizer = tokenizer or original.tokenizer()
     for subject in subjects:
         _check(subject, original, window_tokens)
     ids = texts.token_windows(tokenizer, text, windows, window_tokens)
+    for subject in given:
+        _check_tokenizer(subject, tokenizer, ids[0])
     prompt = _prompt(ids[0], subjects, new_tokens) if with_speed else None
     with _Comparing(ids, tokenizer, prompt, new_tokens, device, progress or _silent) as comparing:
         rows = tuple(comparing.row(subject) for subject in subjects)
@@ -222,6 +224,21 @@ def _check(subject: Subject, original: Subject, window_tokens: int) -> None:
         raise FewbitsError(
             f"windows of {window_tokens} tokens are longer than the context of {subject.name}, {subject.context} "
             "tokens; measure shorter windows"
+        )
+
+
+def _check_tokenizer(subject: Subject, tokenizer: Any, window: torch.Tensor) -> None:
+    """Compare what tokens stand for: a vocabulary of the same size may still be another."""
+    theirs = subject.own_tokenizer() if hasattr(tokenizer, "decode") else None
+    if theirs is None:
+        return
+    ids = window.tolist()
+    ours, others = (each.decode(ids, clean_up_tokenization_spaces=False) for each in (tokenizer, theirs))
+    if ours != others:
+        at = next((i for i, (one, other) in enumerate(zip(ours, others, strict=False)) if one != other), 0)
+        raise FewbitsError(
+            f"the vocabularies differ: the tokens of {ours[at : at + 20]!r} in the reference are those of "
+            f"{others[at : at + 20]!r} in {subject.name}; compare models of one tokenizer"
         )
 
 

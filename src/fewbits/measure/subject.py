@@ -111,6 +111,13 @@ class Subject:
 
         return AutoTokenizer.from_pretrained(self.model)
 
+    def own_tokenizer(self) -> Any | None:
+        """The tokenizer beside the model on disk; None where there is none."""
+        try:
+            return None if isinstance(self.model, nn.Module) else self.tokenizer()
+        except (FewbitsError, OSError):
+            return None
+
     @property
     def is_loaded_here(self) -> bool:
         """Whether `load` brings it into memory; a live model is there already, at least one copy of it."""
