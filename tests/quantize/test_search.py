@@ -121,6 +121,25 @@ def test_a_cut_off_cache_is_measured_again(search: Callable) -> None:
     assert found.measured == 2 + 2 * len(GROUPS)
 
 
+def test_the_layers_of_one_model_are_kept_and_of_a_search_that_goes_on(
+    search: Callable, save_tiny: Callable, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    other = tmp_path_factory.mktemp("other")
+    save_tiny(other)
+    counts: list[int] = []
+
+    def another(what: str, done: int, total: int) -> None:
+        if (what, done) == ("sensitivity", 1) and not counts:
+            counts.append(0)
+            fewbits.convert(other, other / "out", "int8,int4", max_kl=0.05, method="gptq")
+            counts[0] = len([*cache_folder().glob("*/block-*")])
+
+    search(max_kl=0.05, to="int8,int4", method="gptq", on_search=another)
+    assert counts == [2 * 4]  # two blocks in two precisions, of both models
+    search(max_kl=0.04, to="int8,int4", method="gptq", overwrite=True)
+    assert len([*cache_folder().glob("*/block-*")]) == 4
+
+
 def test_what_is_kept_is_not_searched(search: Callable) -> None:
     folder, found = search(max_kl=0.05, to="int8,int4", keep=["*.down_proj"])
     assert not any("down_proj" in each.module for each in found.assignment)

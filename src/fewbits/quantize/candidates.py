@@ -9,6 +9,7 @@ Blocks are given what the model in float32 gives them, so a layer's codes do not
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -108,8 +109,9 @@ class Candidates:
         tensors = {f"codes.{name}": each.codes for name, each in made.items()}
         tensors |= {f"scales.{name}": each.scales for name, each in made.items()}
         file = self._file(index, key)
-        save_file(tensors, file.with_suffix(".part"))
-        file.with_suffix(".part").replace(file)
+        part = file.with_suffix(f".{os.getpid()}.part")
+        save_file(tensors, part)
+        part.replace(file)
 
     def _quantized(self, name: str, weight: Tensor, moments: Tensor, key: str) -> QuantizedTensor:
         precision = self._precisions[key]

@@ -17,6 +17,7 @@ import gc
 import math
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -53,6 +54,9 @@ from fewbits.quantize.search_space import SearchSpace
 from fewbits.quantize.sensitivity import WINDOW_TOKENS, WINDOWS, Progress, Sensitivity, worth_trying
 from fewbits.quantize.to_folder import FolderConversion, context_of, has_tokenizer
 from fewbits.tensors.quantized import QuantizedTensor, quantize_weight
+
+if sys.platform != "win32":
+    import fcntl
 
 _TRIALS = 6  # models that are written and checked, at most
 _MARGIN = 0.01  # of the loss, that a choice after one that missed stays below
@@ -127,6 +131,8 @@ class _Search:
         self._scales = FOLDER_LAYOUTS[job.layout].SCALES or space.prepared.dtype
         work = fingerprint(source, **job.settings(), windows=(WINDOWS, WINDOW_TOKENS))
         folder = cache_folder() / work[:16]
+        folder.mkdir(parents=True, exist_ok=True)
+        self._held_lock = _hold(folder)
         _forget_others(folder)
         self._calibrated = calibrated
         self._sensitivity = Sensitivity.kept(folder / "sensitivity.json")
@@ -144,6 +150,8 @@ class _Search:
     def __exit__(self, *_: object) -> None:
         if self._reference is not None:
             self._reference.close()
+        if self._held_lock is not None:
+            os.close(self._held_lock)
 
     def measure(self) -> None:
         """Steps 1 to 3."""
@@ -298,10 +306,31 @@ def _beside(out: Path) -> Iterator[tuple[Path, Path]]:
 
 
 def _forget_others(folder: Path) -> None:
-    """Remove the quantized layers that searches of other models or settings kept: they are as large as models."""
-    for file in folder.parent.glob("*/block-*"):
-        if file.parent != folder:
-            file.unlink(missing_ok=True)
+    """Remove the quantized layers that searches of other models or settings kept: they are as large as models.
+
+    Those of a search that is going on stay.
+    """
+    for other in folder.parent.iterdir():
+        if other == folder or not any(other.glob("block-*")):
+            continue
+        held = _hold(other, alone=True)
+        if held is not None:
+            for file in other.glob("block-*"):
+                file.unlink(missing_ok=True)
+            os.close(held)
+
+
+def _hold(folder: Path, *, alone: bool = False) -> int | None:
+    """Hold a folder's lock, alone or beside others who use it; the descriptor, or None if it cannot be had."""
+    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    if sys.platform == "win32":  # where open files cannot be removed
+        return descriptor
+    try:
+        fcntl.flock(descriptor, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 def _silent(what: str, done: int, total: int) -> None:

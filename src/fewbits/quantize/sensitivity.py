@@ -7,6 +7,7 @@ and text begins with it, and an interrupted one goes on there.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,7 +51,7 @@ class Sensitivity:
     def save(self) -> None:
         """Write the file, whole."""
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        part = self.file.with_suffix(".part")
+        part = self.file.with_suffix(f".{os.getpid()}.part")
         part.write_text(json.dumps({"groups": self.groups, "uniform": self.uniform, "kl": self.kl}) + "\n")
         part.replace(self.file)
 
