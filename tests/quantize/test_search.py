@@ -14,7 +14,7 @@ from fewbits.measure.memory import bits_per_weight
 from fewbits.models.linear import QuantHead, QuantLinear
 from fewbits.quantize.found import Found
 from fewbits.quantize.probe import Probe
-from fewbits.quantize.search import cache_folder
+from fewbits.quantize.search_cache import cache_folder
 
 load = fewbits.AutoModelForCausalLM.from_pretrained
 TEXT = "\n".join(f"hello {n} hell {n * n} 漢 don't he'll {n % 7}" for n in range(400))

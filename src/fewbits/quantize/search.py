@@ -17,7 +17,6 @@ import gc
 import math
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -50,13 +49,11 @@ from fewbits.quantize.held_out import HeldOut, split_text
 from fewbits.quantize.least_error import least_error
 from fewbits.quantize.probe import Probe
 from fewbits.quantize.recipe import Recipe
+from fewbits.quantize.search_cache import cache_folder, forget_others, hold
 from fewbits.quantize.search_space import SearchSpace
 from fewbits.quantize.sensitivity import WINDOW_TOKENS, WINDOWS, Progress, Sensitivity, worth_trying
 from fewbits.quantize.to_folder import FolderConversion, context_of, has_tokenizer
 from fewbits.tensors.quantized import QuantizedTensor, quantize_weight
-
-if sys.platform != "win32":
-    import fcntl
 
 _TRIALS = 6  # models that are written and checked, at most
 _MARGIN = 0.01  # of the loss, that a choice after one that missed stays below
@@ -64,11 +61,6 @@ _CLOSE = 0.95  # of the loss allowed: then no better model is looked for
 
 Evaluate = Callable[[Path], float]
 """Called with a written folder; gives its KL to the model in fp32 on the text that counts, nats per token."""
-
-
-def cache_folder() -> Path:
-    """Where searches keep what they measured: ``search`` in ``$FEWBITS_CACHE``, or in ``~/.cache/fewbits``."""
-    return Path(os.environ.get("FEWBITS_CACHE") or Path.home() / ".cache" / "fewbits") / "search"
 
 
 def search(
@@ -132,8 +124,8 @@ class _Search:
         work = fingerprint(source, **job.settings(), windows=(WINDOWS, WINDOW_TOKENS))
         folder = cache_folder() / work[:16]
         folder.mkdir(parents=True, exist_ok=True)
-        self._held_lock = _hold(folder)
-        _forget_others(folder)
+        self._held_lock = hold(folder)
+        forget_others(folder)
         self._calibrated = calibrated
         self._sensitivity = Sensitivity.kept(folder / "sensitivity.json")
         self._candidates: Candidates | None = None
@@ -303,34 +295,6 @@ def _beside(out: Path) -> Iterator[tuple[Path, Path]]:
         finally:
             for folder in (trial, kept, trial.parent / f".{trial.name}.incomplete"):
                 shutil.rmtree(folder, ignore_errors=True)
-
-
-def _forget_others(folder: Path) -> None:
-    """Remove the quantized layers that searches of other models or settings kept: they are as large as models.
-
-    Those of a search that is going on stay.
-    """
-    for other in folder.parent.iterdir():
-        if other == folder or not any(other.glob("block-*")):
-            continue
-        held = _hold(other, alone=True)
-        if held is not None:
-            for file in other.glob("block-*"):
-                file.unlink(missing_ok=True)
-            os.close(held)
-
-
-def _hold(folder: Path, *, alone: bool = False) -> int | None:
-    """Hold a folder's lock, alone or beside others who use it; the descriptor, or None if it cannot be had."""
-    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    if sys.platform == "win32":  # where open files cannot be removed
-        return descriptor
-    try:
-        fcntl.flock(descriptor, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        return None
-    return descriptor
 
 
 def _silent(what: str, done: int, total: int) -> None:
