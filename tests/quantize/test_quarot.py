@@ -142,6 +142,8 @@ def test_bad_names(tiny: Path, tmp_path: Path) -> None:
             fewbits.convert(tiny, tmp_path / "out", "int8", method=method)
     with pytest.raises(FewbitsError, match="method='quarot': fp8 loses by rotation"):
         fewbits.convert(tiny, tmp_path / "out", "fp8", method="quarot")
+    with pytest.raises(FewbitsError, match="rotate: method quarot rotates already, and twice is worse"):
+        fewbits.convert(tiny, tmp_path / "out", "int8", method="quarot", rotate=True)
     with pytest.raises(FewbitsError, match="method='quarot': a cast to bf16 has no scales to find"):
         fewbits.convert(tiny, tmp_path / "out", "bf16", method="quarot")
 
