@@ -64,6 +64,7 @@ bench: bench-peers $(INT8)/config.json $(BF16)/config.json $(LLAMA)/config.json
 	$(BIN)/python benchmarks/bench_convert.py $(MODEL) --json build/bench_convert.json
 	PYTHONPATH=build/peers $(BIN)/python benchmarks/bench_quality.py $(BF16) --text topics docstrings --json build/bench_quality.json
 	$(BIN)/python benchmarks/bench_cast.py --json build/bench_cast.json
+	$(BIN)/python benchmarks/bench_rotation.py $(BF16) --json build/bench_rotation.json
 	PYTHONPATH=build/peers $(BIN)/python benchmarks/bench_load.py $(LLAMA) --json build/bench_load.json
 	PYTHONPATH=build/llama $(BIN)/python benchmarks/bench_quantize.py $(LLAMA) --json build/bench_quantize.json
 	$(GENERATE) $(BF16) --batch 8 --json build/bench_generate.json
