@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
@@ -308,6 +308,7 @@ def saved(archive: bool) -> bytes:
     length=st.one_of(st.just(1.0), st.floats(0, 1)),
     archive=st.booleans(),
 )
+@example(changes=[(0.9765625, 1)], length=1.0, archive=True)  # a record before the beginning of the file
 def test_fuzz_file(
     tmp_path_factory: pytest.TempPathFactory, changes: list[tuple[float, int]], length: float, archive: bool
 ) -> None:

@@ -83,10 +83,10 @@ def _records(path: Path) -> dict[int, int] | None:
                 continue
             if info.compress_type != zipfile.ZIP_STORED:
                 raise FewbitsError(f"{path}: {info.filename} is compressed, as torch.save never does; {_DAMAGED}")
-            file.seek(info.header_offset)
+            file.seek(max(info.header_offset, 0))
             header = file.read(_LOCAL_HEADER)
-            if len(header) < _LOCAL_HEADER:
-                raise FewbitsError(f"{path}: {info.filename} lies behind the end of the file; {_DAMAGED}")
+            if info.header_offset < 0 or len(header) < _LOCAL_HEADER:
+                raise FewbitsError(f"{path}: {info.filename} lies outside of the file; {_DAMAGED}")
             records[info.header_offset + _LOCAL_HEADER + sum(struct.unpack("<HH", header[26:]))] = info.file_size
         return records
 
