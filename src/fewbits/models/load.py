@@ -57,7 +57,7 @@ class _AutoClass:
             load_in_4bit: The same as ``precision="int4"``.
             keep: Patterns of module names that are not quantized (``*`` matches anything).
             rotate: Let layers with 8-bit activations rotate them, and their weights, which spreads outliers: several
-                times as accurate, at 1 to 3 % of the time.
+                times as accurate, at about 3 % of the speed.
             llm_int8_threshold: Instead of rotating, int8 layers multiply activations from this magnitude on in float
                 (LLM.int8(); 6.0 is usual). Slower, and less accurate than rotating; None: they do not.
             dtype: What is computed in between quantized layers; None: float32. With a cast precision it is the cast's.
