@@ -26,8 +26,8 @@ demo: $(INT8)/config.json build/compare.txt
 	@echo 'What is the capital of France?'
 	@$(BIN)/fewbits generate $(INT8) "What is the capital of France?"
 
-# make lint   ruff, clang-format, mypy; Biome and tsc for the JavaScript of the pages
-lint: .venv/dev lint-page
+# make lint   ruff, clang-format, mypy; Biome and tsc for the JavaScript of the pages; the docs build
+lint: .venv/dev lint-page docs
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/clang-format --dry-run --Werror $(shell find csrc -name '*.cpp' -o -name '*.hpp')
