@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fewbits.errors import FewbitsError
 from fewbits.models.naming import Place
-from fewbits.models.quantizable import output_head
+from fewbits.models.quantizable import Weight, output_head
 from fewbits.models.source import Source
 
 
@@ -68,10 +68,7 @@ class Blocks:
         block, path = copy.deepcopy(self._blocks[index]), self.path(index)
         for name, _ in list(block.named_parameters()):
             if f"{path}{name}" not in self._stored:
-                raise FewbitsError(
-                    f"calibrate: {path}{name} is stored in another way than {type(self._model).__name__} holds it; "
-                    "such models cannot be calibrated, convert without it"
-                )
+                raise _stored_in_another_way(f"{path}{name}", self._model)
             self._put(block, name, self._stored[f"{path}{name}"])
         return block
 
@@ -125,3 +122,28 @@ def stack_of(model: transformers.PreTrainedModel) -> tuple[str, nn.ModuleList]:
         )
     name, blocks = next(iter(outer.items()))
     return f"{name}.", blocks
+
+
+def check_stored_as_held(
+    model: transformers.PreTrainedModel, places: Mapping[str, Place], weights: Mapping[str, Weight]
+) -> None:
+    """Refuse a model whose layers cannot be quantized one by one, from its own weights.
+
+    Args:
+        model: The model.
+        places: Where each stored tensor goes.
+        weights: The weights to quantize, by stored name.
+
+    Raises:
+        FewbitsError: If one is stored in other pieces than the model holds, or is no matrix of a linear layer.
+    """
+    for name, weight in weights.items():
+        if places[name].converter is not None or weight.kind != "linear":
+            raise _stored_in_another_way(name, model)
+
+
+def _stored_in_another_way(name: str, model: transformers.PreTrainedModel) -> FewbitsError:
+    return FewbitsError(
+        f"calibrate: {name} is stored in another way than {type(model).__name__} holds it; such models cannot be "
+        "calibrated, convert without it"
+    )

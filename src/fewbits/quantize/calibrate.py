@@ -30,8 +30,8 @@ from fewbits.models.precision import Precision
 from fewbits.models.quantizable import Weight
 from fewbits.models.source import Source
 from fewbits.models.text import built_in_text, read_text
-from fewbits.quantize.blocks import Blocks
-from fewbits.quantize.gptq import gptq
+from fewbits.quantize.blocks import Blocks, check_stored_as_held
+from fewbits.quantize.gptq import quantize_layer
 from fewbits.quantize.moments import run_block
 from fewbits.tensors.quantized import QuantizedTensor
 
@@ -99,12 +99,7 @@ class Calibration:
         self._blocks = Blocks(source, model, places, windows)
         self._block_of = self._blocks.indices()
         self._quantized_here = {weight.parameter: name for name, weight in weights.items()}
-        for name, weight in weights.items():
-            if places[name].converter is not None or weight.kind != "linear":
-                raise FewbitsError(
-                    f"calibrate: {name} is stored in another way than {type(model).__name__} holds it; such models "
-                    "cannot be calibrated, convert without it"
-                )
+        check_stored_as_held(model, places, weights)
         self._made: dict[str, QuantizedTensor] = {}
         self._folder: Path | None = None
         self._next = 0
@@ -166,7 +161,8 @@ class Calibration:
         moments, _ = run_block(blocks, block, layers)
         for each, name in layers.items():
             layer: Any = block.get_submodule(each)
-            self._made[name] = made = self._quantized(name, layer.weight, moments[each])
+            made = quantize_layer(name, layer.weight, moments[each], self._precisions[name], self._scale_dtype)
+            self._made[name] = made
             layer.weight = nn.Parameter(made.dequantize(), requires_grad=False)
         blocks.inputs = [blocks.through(block, x) for x in blocks.inputs]
         self._next += 1
@@ -177,14 +173,3 @@ class Calibration:
                 os.fsync(file.fileno())
         if self._progress is not None:
             self._progress(self._next, len(self._blocks))
-
-    def _quantized(self, name: str, weight: Tensor, moments: Tensor) -> QuantizedTensor:
-        precision = self._precisions[name]
-        try:
-            return gptq(
-                weight, moments, precision.weights.name,
-                group_size=precision.group_size, scale_dtype=self._scale_dtype,
-                rotation=precision.rotation(weight.shape[1]),
-            )  # fmt: skip
-        except FewbitsError as error:
-            raise FewbitsError(f"{name}: {error}") from None

@@ -18,10 +18,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fewbits.errors import FewbitsError
 from fewbits.models.precision import Precision
-from fewbits.quantize.blocks import Blocks
-from fewbits.quantize.gptq import gptq
+from fewbits.quantize.blocks import Blocks, check_stored_as_held
+from fewbits.quantize.gptq import quantize_layer
 from fewbits.quantize.moments import run_block
 from fewbits.quantize.prepared import Prepared
 from fewbits.tensors.quantized import QuantizedTensor
@@ -54,12 +53,8 @@ class Candidates:
         self._scale_dtype = scale_dtype
         self._blocks = Blocks(prepared.source, prepared.model, prepared.places, windows)
         self._block_of = {name: block for name, block in self._blocks.indices().items() if name in prepared.weights}
-        for name in self._block_of:
-            if prepared.places[name].converter is not None or prepared.weights[name].kind != "linear":
-                raise FewbitsError(
-                    f"calibrate: {name} is stored in another way than {type(prepared.model).__name__} holds it; such "
-                    "models cannot be calibrated, convert without it"
-                )
+        inside = {name: prepared.weights[name] for name in self._block_of}
+        check_stored_as_held(prepared.model, prepared.places, inside)
 
     @torch.no_grad()
     def make(self, progress: Callable[[int, int], None]) -> None:
@@ -80,7 +75,13 @@ class Candidates:
             moments, outputs = run_block(self._blocks, block, layers)
             for key in wanted[index]:
                 made = {
-                    name: self._quantized(name, block.get_parameter(f"{layer}.weight"), moments[layer], key)
+                    name: quantize_layer(
+                        name,
+                        block.get_parameter(f"{layer}.weight"),
+                        moments[layer],
+                        self._precisions[key],
+                        self._scale_dtype,
+                    )
                     for layer, name in layers.items()
                     if self._prepared.weights[name].K % (self._precisions[key].group_size or 1) == 0  # else it is kept
                 }
@@ -112,17 +113,6 @@ class Candidates:
         part = file.with_suffix(f".{os.getpid()}.part")
         save_file(tensors, part)
         part.replace(file)
-
-    def _quantized(self, name: str, weight: Tensor, moments: Tensor, key: str) -> QuantizedTensor:
-        precision = self._precisions[key]
-        try:
-            return gptq(
-                weight, moments, precision.weights.name,
-                group_size=precision.group_size, scale_dtype=self._scale_dtype,
-                rotation=precision.rotation(weight.shape[1]),
-            )  # fmt: skip
-        except FewbitsError as error:
-            raise FewbitsError(f"{name}: {error}") from None
 
 
 def _is_whole(file: Path) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fewbits.errors import FewbitsError
 from fewbits.kernels.rotation import rotate
+from fewbits.models.precision import Precision
 from fewbits.quantize.least_error import least_error_scales
 from fewbits.tensors.quantized import QuantizedTensor, encode_scaled, nearest_values
 
@@ -61,6 +62,30 @@ def gptq(
     rounded = torch.empty_like(W)
     rounded[:, order] = _rounded(W[:, order], H[order][:, order], steps[:, order], format_name)
     return QuantizedTensor(encode_scaled(rounded / steps, format_name), scales, format_name, rotation)
+
+
+def quantize_layer(
+    name: str, weight: Tensor, moments: Tensor, precision: Precision, scale_dtype: torch.dtype
+) -> QuantizedTensor:
+    """Quantize the weight of a layer to a precision by GPTQ.
+
+    Args:
+        name: What errors call the weight.
+        weight: float ``[N, K]``.
+        moments: As for ``gptq``.
+        precision: Its formats, group size and rotation; groups fitted.
+        scale_dtype: As for ``gptq``.
+
+    Raises:
+        FewbitsError: As ``gptq``, with the name.
+    """
+    try:
+        return gptq(
+            weight, moments, precision.weights.name,
+            group_size=precision.group_size, scale_dtype=scale_dtype, rotation=precision.rotation(weight.shape[1]),
+        )  # fmt: skip
+    except FewbitsError as error:
+        raise FewbitsError(f"{name}: {error}") from None
 
 
 def _rounded(W: Tensor, H: Tensor, steps: Tensor, format_name: str) -> Tensor:
